@@ -1,0 +1,1 @@
+"""Throughput, FLOP formulas, and compilation for hardware that is not there."""

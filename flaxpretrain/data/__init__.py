@@ -1,0 +1,1 @@
+"""From text to fixed-shape batches: numpy only, never jax."""

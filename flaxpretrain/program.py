@@ -1,0 +1,61 @@
+"""How every program starts and ends: arguments, exit codes, one line for a mistake."""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from flaxpretrain.errors import UserError
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_NOT_FINITE = 3
+EXIT_PREEMPTED = 75
+EXIT_WATCHDOG = 124
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults, knows `--debug`, and answers a mistake in one line."""
+
+    def __init__(self, description: str | None, **kwargs) -> None:
+        """`description` is usually the module's docstring; its line breaks are kept."""
+        super().__init__(
+            description=description, formatter_class=_Formatter, allow_abbrev=False, **kwargs
+        )
+        self.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with 2."""
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_USER)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and code 2."""
+    argv = sys.argv[1:]
+    name = os.path.basename(sys.argv[0])
+    # A reader that closes our pipe early (`| head`) is no error of ours.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        code = main(argv) or EXIT_OK
+    except UserError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = EXIT_USER
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    raise SystemExit(code)

@@ -1,0 +1,1 @@
+"""State, step, loop, optimizers, sharding, checkpoints: names no objective or architecture."""

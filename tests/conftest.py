@@ -1,0 +1,41 @@
+"""Settings of every test: eight fake devices, strict numerics, shapes checked at run time."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _FLAGS:
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Several test processes may load libtpu at once; none has a TPU.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("NNX_GRAPH_MODE", "false")
+os.environ.setdefault("NNX_GRAPH_UPDATES", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("flaxpretrain", "beartype.beartype")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real corpora named by FLAXPRETRAIN_TEST_DATA; skips where there is none."""
+    folder = os.environ.get("FLAXPRETRAIN_TEST_DATA")
+    if not folder:
+        pytest.skip("set FLAXPRETRAIN_TEST_DATA to the folder of real corpora to run this test")
+    if not Path(folder).is_dir():
+        pytest.fail(f"FLAXPRETRAIN_TEST_DATA={folder} is not a folder")
+    return Path(folder)
