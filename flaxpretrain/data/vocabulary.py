@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Vocabulary:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
+    def from_json(cls, values: Mapping[str, Any]) -> "Vocabulary":
         """The inverse of `to_json`.
 
         Raises:
@@ -84,12 +84,11 @@ class Vocabulary:
                 f"a stored vocabulary has the fields {sorted(fields)}; "
                 + (f"got unknown {unknown}" if unknown else "'size' is missing")
             )
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**plain)
 
 
 @functools.lru_cache(maxsize=8)
