@@ -1,0 +1,181 @@
+"""Modules as functions of their parameters: the only file that splits or merges NNX modules.
+
+Modules describe parameters and the forward pass; every transform (`jit`, `grad`, `scan`) is plain
+JAX over nested dicts of arrays.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, PyTree
+
+from flaxpretrain.errors import UserError
+
+ATTENTION_CONTEXT = "attention_context"
+"""Name under which attention's output is kept by the policies that save it."""
+
+_POLICIES = jax.checkpoint_policies
+_SAVE_ATTENTION = _POLICIES.save_only_these_names(ATTENTION_CONTEXT)
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": _POLICIES.nothing_saveable,
+    "dots": _POLICIES.dots_saveable,
+    "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
+    "save_attention": _SAVE_ATTENTION,
+    "dots_save_attention": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    ),
+}
+"""What the backward pass finds saved, by name.
+
+`none` saves everything, `full` only each layer's input. The `dots` policies save the results of
+matrix products (`dots_no_batch`: not those between activations, such as attention scores);
+`save_attention` saves attention's output, which spares a flash kernel's second forward pass.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model runs on the hardware at hand; never what it computes.
+
+    attention: name of an attention backend (`flaxpretrain.models.attention.BACKENDS`).
+    remat: name of a policy in `REMAT_POLICIES`, applied per layer.
+    scan: one compiled layer in a loop; False unrolls the layers, for more speed and longer
+        compilation.
+    """
+
+    attention: str = "xla"
+    remat: str = "none"
+    scan: bool = True
+
+    def __post_init__(self):
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(
+                f"remat: expected one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}"
+            )
+
+
+_DEFAULT = Execution()
+_EXECUTION: contextvars.ContextVar[Execution] = contextvars.ContextVar(
+    "execution", default=_DEFAULT
+)
+
+
+@contextlib.contextmanager
+def executing(execution: Execution) -> Iterator[None]:
+    """Traces every model inside the block the given way. Enter it inside the jitted function."""
+    token = _EXECUTION.set(execution)
+    try:
+        yield
+    finally:
+        _EXECUTION.reset(token)
+
+
+def execution() -> Execution:
+    """How models are traced here."""
+    return _EXECUTION.get()
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as pure functions over plain nested dicts of arrays; see `model_of`."""
+
+    build: Callable[[nnx.Rngs], nnx.Module]
+
+    def init(self, key: Key[Array, ""]) -> PyTree[Array]:
+        """Fresh parameters, a nested dict; may be jitted."""
+        return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
+
+    def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the parameters, without allocating any."""
+        return nnx.to_pure_dict(self._described[1])
+
+    def bind(self, params: PyTree) -> nnx.Module:
+        """The module that holds these parameters, to be used inside a trace."""
+        return nnx.merge(self._described[0], nnx.State(params))
+
+    @functools.cached_property
+    def _described(self) -> tuple[Any, Any]:
+        return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
+
+
+def model_of(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """The functions of the module that `build` constructs."""
+    return Model(build)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules as one, whose every array has a leading layer axis."""
+    keys = jax.random.split(rngs.params(), count)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
+
+
+def layer(layers: nnx.Module, index: int) -> nnx.Module:
+    """One module of a stack."""
+    graph, state = nnx.split(layers)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
+
+
+def scan(
+    layers: nnx.Module,
+    apply: Callable[[Any, Array, Array | None], Array],
+    x: Array,
+    keys: Key[Array, "B"] | None = None,
+    *,
+    remat: str | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Array:
+    """Applies layers `start` to `stop` of a stack in turn: `x = apply(layer, x, layer_keys)`.
+
+    Each layer gets keys of its own, by its number. Remat policy and looping are those of the
+    surrounding `executing` block unless `remat` names another policy.
+    """
+    way = execution() if remat is None else dataclasses.replace(execution(), remat=remat)
+    graph, state = nnx.split(layers)
+    count = jax.tree.leaves(state)[0].shape[0]
+    numbers = jnp.arange(count, dtype=jnp.uint32)[start:stop]
+    state = jax.tree.map(lambda leaf: leaf[start:stop], state)
+
+    def body(x, state_and_number):
+        state, number = state_and_number
+        return apply(nnx.merge(graph, state), x, fold(keys, number)), None
+
+    if way.remat != "none":
+        # Inside a scan the loop itself keeps XLA from undoing the rematerialisation.
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[way.remat], prevent_cse=not way.scan)
+    if way.scan:
+        return jax.lax.scan(body, x, (state, numbers))[0]
+    for i in range(numbers.shape[0]):
+        x, _ = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], (state, numbers)))
+    return x
+
+
+def fold(keys: Key[Array, "B"] | None, number: Any) -> Key[Array, "B"] | None:
+    """Keys for the part of a network that has this number; None stays None."""
+    if keys is None:
+        return None
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+def cast(params: PyTree, dtype: Any) -> PyTree:
+    """Parameters in the dtype to compute in; those of modules named `*norm` keep theirs.
+
+    Norms compute in float32 whatever they are given, so rounding their scale would gain nothing.
+    """
+
+    def leaf(path: tuple[Any, ...], value: Float[Array, "..."]) -> Float[Array, "..."]:
+        if any(str(getattr(entry, "key", entry)).endswith("norm") for entry in path):
+            return value
+        return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
