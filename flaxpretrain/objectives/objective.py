@@ -31,7 +31,7 @@ class Sum(NamedTuple):
     weight: Shaped[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(abc.ABC):
     """A pretraining objective: frames rows for the host, and scores a batch on the device.
 
@@ -39,16 +39,14 @@ class Objective(abc.ABC):
     state them and an override can reach them.
     """
 
+    terms: Mapping[str, float]
+    """Coefficient of each loss term, by the name under which `loss` returns its Sum."""
+
     requires: ClassVar[tuple[str, ...]] = ()
     """Methods that the built module must have, for an error before anything is compiled."""
 
     groups: ClassVar[Mapping[str, str]] = {}
     """Parameter path regex -> optimizer group, for objectives that train two networks."""
-
-    @property
-    @abc.abstractmethod
-    def terms(self) -> Mapping[str, float]:
-        """Coefficient of each loss term, by the name under which `loss` returns its Sum."""
 
     @abc.abstractmethod
     def framing(self, vocabulary: Vocabulary, length: int) -> Framing:
@@ -70,6 +68,13 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def flops(self, model_config: Any, spec: Mapping[str, jax.ShapeDtypeStruct]) -> float:
         """Model FLOPs of one training step over a batch of this shape, by formula."""
+
+    def tokens(self, batch: Mapping[str, Array]) -> Int[Array, ""]:
+        """Real input tokens of a batch: positions of segment 0 are padding and do not count."""
+        return sum(
+            (jnp.sum(v > 0) for n, v in batch.items() if n.endswith("segment_ids")),
+            start=jnp.int32(0),
+        )
 
     def build(self, model_config: Any, rngs: nnx.Rngs) -> nnx.Module:
         """The module that holds this objective's parameters."""
@@ -111,3 +116,24 @@ def accuracy(
     """How often the largest logit is the label's; ties go to the lower id."""
     right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return Sum(jnp.sum(right * weights), jnp.sum(weights))
+
+
+def gather_positions(
+    hidden: Float[Array, "B L D"], positions: Int[Array, "B M"]
+) -> Float[Array, "B M D"]:
+    """The hidden states at M positions of each row."""
+    return jnp.take_along_axis(hidden, positions[..., None], axis=1)
+
+
+def dropout_keys(key: Array | None, noise_key: Shaped[Array, "B 2"]) -> Array | None:
+    """One dropout key a row, made of the step's key and the row's own number.
+
+    A row so keeps its dropout mask in whatever microbatch or device it lands.
+    """
+    if key is None:
+        return None
+
+    def row_key(words: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+
+    return jax.vmap(row_key)(noise_key)

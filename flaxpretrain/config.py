@@ -1,0 +1,419 @@
+"""What a run is: frozen values that a recipe states, an override changes, and a workdir records.
+
+A recipe is a Python file with `def recipe() -> Run`. Its values are plain frozen dataclasses, so
+there is no registry: the recipe imports the classes it uses.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flaxpretrain.errors import UserError
+from flaxpretrain.overrides import coerce, nearest
+
+__all__ = [
+    "Checkpoints",
+    "Data",
+    "Logging",
+    "Mesh",
+    "Phase",
+    "Precision",
+    "Run",
+    "Seeds",
+    "differences",
+    "load",
+    "load_recipe",
+    "override",
+    "parse",
+    "ramp",
+    "render",
+]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training with one row length and one batch size.
+
+    Exactly one of `steps`, `tokens` (real input tokens) and `epochs` says how long it is.
+    """
+
+    length: int
+    batch_size: int
+    steps: int | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises UserError on impossible sizes."""
+        given = [n for n in ("steps", "tokens", "epochs") if getattr(self, n) is not None]
+        _require(
+            len(given) == 1,
+            f"a phase needs exactly one of steps, tokens and epochs; got {given or 'none'}",
+        )
+        for name in ("length", "batch_size", "microbatches", given[0]):
+            value = getattr(self, name)
+            _require(value > 0, f"phase.{name} must be positive; got {value}")
+        _require(
+            self.batch_size % self.microbatches == 0,
+            f"batch_size {self.batch_size} is not divisible by microbatches {self.microbatches}",
+        )
+
+
+def ramp(*, length: int, start: int, end: int, stages: int, steps: int) -> tuple[Phase, ...]:
+    """Phases whose batch size grows linearly from `start` to `end` over `steps` steps."""
+    _require(0 < stages <= steps, f"a ramp needs 1 to steps={steps} stages; got {stages}")
+    sizes = [start + (end - start) * i // max(stages - 1, 1) for i in range(stages)]
+    borders = [steps * i // stages for i in range(stages + 1)]
+    return tuple(
+        Phase(length=length, batch_size=size, steps=b - a)
+        for size, a, b in zip(sizes, borders, borders[1:], strict=False)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which dataset, cut into rows how.
+
+    `folder` None means `dataset/` in the workdir, where `Run.prepare` puts it. `duplication`
+    None means new noise every epoch; n means n fixed copies of the noise, as static masking has.
+    """
+
+    layout: Any
+    folder: str | None = None
+    split: str = "train"
+    duplication: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each axis; -1 takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises UserError on sizes that cannot be."""
+        sizes = dataclasses.astuple(self)
+        _require(
+            all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1,
+            f"mesh sizes must be positive, at most one of them -1; got {sizes}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Number formats: of the forward and backward pass, and of the master weights."""
+
+    compute: str = "float32"
+    params: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Raises UserError on an unknown format."""
+        _require(
+            self.compute in ("float32", "bfloat16"),
+            f"precision.compute must be float32 or bfloat16; got {self.compute}",
+        )
+        _require(
+            self.params == "float32", f"precision.params must be float32; got {self.params}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Independent seeds of initial weights, order of rows, noise, and dropout."""
+
+    init: int = 0
+    order: int = 0
+    noise: int = 0
+    dropout: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """When the state is saved, and which saves are kept.
+
+    `temporary_every_seconds` adds saves by the clock that the next save replaces; `best` names an
+    evaluation figure (`validation/loss`, say) whose lowest `keep_best` saves are kept.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 3
+    keep_every: int | None = None
+    best: str | None = None
+    keep_best: int = 1
+    temporary_every_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError on intervals that cannot be."""
+        _require(self.every_steps > 0, "checkpoints.every_steps must be positive")
+        _require(self.keep_last > 0, "checkpoints.keep_last must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logging:
+    """How often figures are written, and whether TensorBoard files are."""
+
+    every_steps: int = 100
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises UserError on an interval that cannot be."""
+        _require(self.every_steps > 0, "logging.every_steps must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that says how a model is pretrained: what a recipe returns.
+
+    `model`, `objective`, `optimizer`, `schedule` and `guard` are frozen values of the rooms that
+    define them. `prepare`, `evaluations` and `finish` are values that the loop calls blind:
+    `prepare` items have `run(run, workdir)`, the others `run(session)`.
+    """
+
+    model: Any
+    objective: Any
+    data: Data
+    optimizer: Any
+    schedule: Any
+    phases: tuple[Phase, ...]
+    guard: Any = None
+    mesh: Mesh = Mesh()
+    precision: Precision = Precision()
+    remat: str = "none"
+    attention: str = "auto"
+    scan_layers: bool = True
+    seeds: Seeds = Seeds()
+    evaluations: tuple[Any, ...] = ()
+    checkpoints: Checkpoints = Checkpoints()
+    logging: Logging = Logging()
+    prepare: tuple[Any, ...] = ()
+    finish: tuple[Any, ...] = ()
+    device: str = "any"
+    name: str = "run"
+
+    def __post_init__(self) -> None:
+        """Raises UserError where the parts do not fit each other."""
+        _require(len(self.phases) > 0, "a run needs at least one phase")
+        _require(
+            self.device in ("any", "tpu", "gpu", "tpu or gpu"),
+            f"device must be any, tpu, gpu or 'tpu or gpu'; got {self.device!r}",
+        )
+        limit = getattr(self.model, "max_position_embeddings", None)
+        longest = max(phase.length for phase in self.phases)
+        _require(
+            limit is None or longest <= limit,
+            f"phases ask for rows of {longest} tokens, but model.max_position_embeddings is "
+            f"{limit}: shorten the rows or enlarge the model's table",
+        )
+
+
+def load_recipe(path: str | Path) -> Run:
+    """Runs `recipe()` of a recipe file and names the run after the file.
+
+    Raises:
+        UserError: the file is missing, has no `recipe`, or returns something else than a Run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"recipe {path} is not a file; recipes are Python files such as configs/quickstart.py")
+    # What a recipe imports from beside itself must also be importable later, by class path.
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"recipe {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "recipe", None)):
+        raise UserError(f"{path} defines no function recipe(); a recipe is `def recipe() -> Run`")
+    run = module.recipe()
+    if not isinstance(run, Run):
+        raise UserError(f"recipe() of {path} must return a Run; it returned {type(run).__name__}")
+    return dataclasses.replace(run, name=path.stem)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """The recipe at `path` with overrides such as `model.hidden_size=64` applied in order."""
+    run = load_recipe(path)
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected FIELD=VALUE, such as --set steps=100")
+        run = override(run, name.strip(), value.strip())
+    return run
+
+
+_PHASE_FIELDS = ("steps", "tokens", "epochs", "length", "batch_size", "microbatches")
+_PHASE_LENGTHS = ("steps", "tokens", "epochs")
+
+
+def override(run: Run, name: str, value: Any) -> Run:
+    """`run` with one field changed, named by a dotted path; text is read by the field's type.
+
+    The fields of the only phase of a one-phase run need no prefix (`steps`, `batch_size`).
+
+    Raises:
+        UserError: no such field (the nearest is offered), or a value of another type.
+    """
+    path = name.split(".")
+    if path[0] in _PHASE_FIELDS and len(path) == 1:
+        if len(run.phases) != 1:
+            raise UserError(
+                f"--set {name}: this recipe has {len(run.phases)} phases; "
+                f"write phases.0.{name} to phases.{len(run.phases) - 1}.{name}"
+            )
+        path = ["phases", "0", name]
+    return _replaced(run, path, value, name)
+
+
+def _replaced(owner: Any, path: list[str], value: Any, full: str) -> Any:
+    head, rest = path[0], path[1:]
+    if dataclasses.is_dataclass(owner) and not isinstance(owner, type):
+        names = [f.name for f in dataclasses.fields(owner) if f.init]
+        if head not in names:
+            raise UserError(
+                f"--set {full}: {type(owner).__name__} has no field {head!r}"
+                f"{nearest(head, names)}"
+            )
+        if rest:
+            return dataclasses.replace(
+                owner, **{head: _replaced(getattr(owner, head), rest, value, full)}
+            )
+        changes = {head: coerce(owner, head, value, f"--set {full}")}
+        if isinstance(owner, Phase) and head in _PHASE_LENGTHS:
+            changes |= {n: None for n in _PHASE_LENGTHS if n != head}
+        return dataclasses.replace(owner, **changes)
+    if isinstance(owner, tuple):
+        if not head.isdigit() or int(head) >= len(owner):
+            raise UserError(f"--set {full}: {head} is not an index below {len(owner)}")
+        index = int(head)
+        new = _replaced(owner[index], rest, value, full) if rest else value
+        return (*owner[:index], new, *owner[index + 1 :])
+    if isinstance(owner, Mapping):
+        if head not in owner:
+            raise UserError(f"--set {full}: no entry {head!r}{nearest(head, list(owner))}")
+        new = _replaced(owner[head], rest, value, full) if rest else type(owner[head])(value)
+        return {**owner, head: new}
+    raise UserError(f"--set {full}: {'.'.join(path)} leads nowhere: {owner!r} has no fields")
+
+
+def render(value: Any) -> Any:
+    """A value as JSON data; dataclasses carry the path of their class, so `parse` can rebuild."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        fields = {
+            f.name: render(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+        }
+        return {"class": f"{cls.__module__}.{cls.__qualname__}", **fields}
+    if isinstance(value, Mapping):
+        return {str(k): render(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [render(v) for v in value]
+    if isinstance(value, (str, Path)):
+        # A home folder is private; the same path can still be found from "~".
+        text, home = str(value), os.path.expanduser("~")
+        return "~" + text[len(home) :] if text.startswith(home + "/") else text
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise UserError(
+        f"{type(value).__name__} cannot be written to config.json: recipes are made of frozen "
+        "dataclasses, numbers, text, tuples and dictionaries"
+    )
+
+
+def parse(data: Any) -> Any:
+    """The value that `render` wrote.
+
+    Raises:
+        UserError: a class that cannot be imported or is no dataclass, or fields it does not have.
+    """
+    if isinstance(data, list):
+        return tuple(parse(v) for v in data)
+    if not isinstance(data, Mapping):
+        return data
+    if "class" not in data:
+        return {k: parse(v) for k, v in data.items()}
+    path = data["class"]
+    module_name, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"config.json names the class {path}, which cannot be imported ({error}): pass the "
+            "recipe with --recipe, or put the folder of its file on PYTHONPATH"
+        ) from error
+    # A folder from elsewhere must not make us call an arbitrary function.
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise UserError(f"config.json names {path}, which is not a dataclass")
+    fields = {k: parse(v) for k, v in data.items() if k != "class"}
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for field in fields:
+        if field not in known:
+            raise UserError(f"config.json: {path} has no field {field!r}{nearest(field, known)}")
+    return cls(**fields)
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Rendered data as one level: dotted path -> leaf."""
+    if isinstance(data, Mapping):
+        items: list[tuple[str, Any]] = [(str(k), v) for k, v in data.items()]
+    elif isinstance(data, list):
+        items = [(str(i), v) for i, v in enumerate(data)]
+    else:
+        return {prefix: data}
+    flat: dict[str, Any] = {} if items else {prefix: None}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+MAY_CHANGE = (
+    "name",
+    "evaluations",
+    "checkpoints",
+    "logging",
+    "mesh",
+    "prepare",
+    "finish",
+    "remat",
+    "attention",
+    "scan_layers",
+    "device",
+    "data.folder",
+)
+"""Fields that a resumed run may change: none of them changes what the model learns from."""
+
+_PHASE_MAY_CHANGE = (*_PHASE_LENGTHS, "microbatches")
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """What forbids resuming the run rendered as `old` with `new`, a line a field."""
+
+    def allowed(path: str) -> bool:
+        parts = path.split(".")
+        if parts[0] == "phases" and parts[-1] in _PHASE_MAY_CHANGE:
+            return True
+        return any(path == p or path.startswith(p + ".") for p in MAY_CHANGE)
+
+    before, after = flatten(old), flatten(new)
+    lines = []
+    for path in sorted(before.keys() | after.keys()):
+        a, b = before.get(path, "absent"), after.get(path, "absent")
+        if a != b and not allowed(path):
+            lines.append(f"{path}: {json.dumps(a)} -> {json.dumps(b)}")
+    return lines

@@ -1,0 +1,50 @@
+"""What a device kind can do at best: the denominator of model FLOPs utilisation (MFU)."""
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Dense bfloat16 matmul peak, and memory, of one device as jax counts devices."""
+
+    name: str
+    flops_per_second: float
+    memory_bytes: float
+
+
+_GIB = 2.0**30
+
+PEAKS: tuple[tuple[str, Peak], ...] = (
+    # Cloud TPU system architecture pages; chip figures, which for v2 and v3 are two jax devices.
+    (r"TPU v2", Peak("TPU v2 core", 22.5e12, 8 * _GIB)),
+    (r"TPU v3", Peak("TPU v3 core", 61.5e12, 16 * _GIB)),
+    (r"TPU v4", Peak("TPU v4", 275e12, 32 * _GIB)),
+    (r"TPU v5 ?lite|TPU v5e", Peak("TPU v5e", 197e12, 16 * _GIB)),
+    (r"TPU v5p?$", Peak("TPU v5p", 459e12, 95 * _GIB)),
+    (r"TPU v6 ?lite|TPU v6e", Peak("TPU v6e", 918e12, 32 * _GIB)),
+    # One Ironwood chip shows as two devices.
+    (r"TPU ?v?7x?", Peak("TPU7x core", 1153.5e12, 96 * _GIB)),
+    # NVIDIA data sheets, without sparsity, SXM where there is a choice.
+    (r"GB200|B200", Peak("B200", 2250e12, 180 * _GIB)),
+    (r"H200", Peak("H200", 989e12, 141e9)),
+    (r"H100.*PCIe", Peak("H100 PCIe", 756e12, 80e9)),
+    (r"H100", Peak("H100", 989e12, 80e9)),
+    (r"A100", Peak("A100", 312e12, 80e9)),
+    (r"A10G?\b", Peak("A10", 125e12, 24e9)),
+    (r"L40S", Peak("L40S", 362e12, 48e9)),
+    (r"\bL4\b", Peak("L4", 121e12, 24e9)),
+    (r"RTX 4090", Peak("RTX 4090", 165e12, 24e9)),
+    (r"RTX 3090", Peak("RTX 3090", 71e12, 24e9)),
+    # No bfloat16 units: the float16 peak, for scale.
+    (r"V100", Peak("V100 (float16)", 125e12, 32e9)),
+    (r"\bT4\b", Peak("T4 (float16)", 65e12, 16e9)),
+)
+
+
+def peak_of(device_kind: str) -> Peak | None:
+    """The peak of a `jax.Device.device_kind`; None where none is known, as for CPUs."""
+    for pattern, peak in PEAKS:
+        if re.search(pattern, device_kind, re.IGNORECASE):
+            return peak
+    return None

@@ -1,0 +1,178 @@
+"""A run put together on a mesh: model, optimizer, shardings and jitted steps.
+
+It needs no dataset and no device memory, so that plans, benchmarks and compiles for absent
+hardware share it with the training loop.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from flaxpretrain.config import Phase, Run
+from flaxpretrain.data.vocabulary import Vocabulary
+from flaxpretrain.errors import UserError
+from flaxpretrain.models import attention
+from flaxpretrain.models.functional import Execution, Model, model_of
+from flaxpretrain.training import sharding
+from flaxpretrain.training.guard import guarded
+from flaxpretrain.training.optimizers import make_optimizer
+from flaxpretrain.training.state import TrainState
+from flaxpretrain.training.step import check_divisible, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """The parts of a run that depend on the mesh and on how many steps there are."""
+
+    run: Run
+    mesh: Mesh
+    model: Model
+    optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState
+    """Abstract: ShapeDtypeStructs that carry their shardings."""
+    execution: Execution
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The number format of the forward and backward pass."""
+        return jnp.dtype(self.run.precision.compute)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, created on the devices that hold it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        make = functools.partial(_initial_state, self.run, self.model, self.optimizer)
+        return jax.jit(make, out_shardings=shardings)()
+
+    def train_step(self, phase: Phase) -> Callable[[TrainState, PyTree], tuple[TrainState, Any]]:
+        """The jitted train step of a phase; the state is donated."""
+        check_divisible(phase.batch_size, phase.microbatches, self.mesh)
+        step = make_train_step(
+            self.run.objective,
+            self.model,
+            self.optimizer,
+            self.mesh,
+            microbatches=phase.microbatches,
+            compute_dtype=self.compute_dtype,
+            execution=self.execution,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, NamedSharding(self.mesh, P())),
+        )
+
+    def eval_step(self, objective: Any = None) -> Callable[[PyTree, PyTree], Any]:
+        """The jitted evaluation step, of the run's objective unless another is given."""
+        step = make_eval_step(
+            objective or self.run.objective,
+            self.model,
+            compute_dtype=self.compute_dtype,
+            execution=self.execution,
+        )
+        return jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
+
+    def batch_spec(self, phase: Phase, vocabulary: Vocabulary) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a global batch, with their shardings."""
+        framing = self.run.objective.framing(vocabulary, phase.length)
+        rows = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            for name, (shape, dtype) in framing.spec(phase.batch_size).items()
+        }
+
+    def flops_per_step(self, phase: Phase, vocabulary: Vocabulary) -> float:
+        """Model FLOPs of one training step over all devices, by the architecture's formula."""
+        spec = self.batch_spec(phase, vocabulary)
+        return float(self.run.objective.flops(self.run.model, spec))
+
+
+def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
+    """Puts a run together on a mesh.
+
+    Raises:
+        UserError: the objective needs what the model lacks, or parameters do not fit the mesh.
+    """
+    check_interface(run)
+    model = model_of(functools.partial(run.objective.build, run.model))
+    abstract_params = model.abstract()
+    optimizer = make_optimizer(
+        run.optimizer, run.schedule, total_steps, abstract_params, groups=run.objective.groups
+    )
+    if run.guard is not None:
+        optimizer = guarded(optimizer, run.guard)
+    make = functools.partial(_initial_state, run, model, optimizer)
+    abstract = jax.eval_shape(make)
+    rules = getattr(run.model, "sharding", ())
+    shardings = sharding.state_shardings(abstract, rules, mesh)
+    state = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
+    platform = mesh.devices.flat[0].platform
+    execution = Execution(
+        attention=attention.choose(run.attention, platform, run.model),
+        remat=run.remat,
+        scan=run.scan_layers,
+    )
+    return Assembly(run, mesh, model, optimizer, state, execution)
+
+
+def check_interface(run: Run) -> None:
+    """Raises UserError when the model lacks a method that the objective calls."""
+    module_class = getattr(run.model, "module_class", None)
+    missing = [n for n in run.objective.requires if module_class and not hasattr(module_class, n)]
+    if missing:
+        raise UserError(
+            f"{type(run.objective).__name__} needs a model with {', '.join(missing)}, which "
+            f"{type(run.model).__name__} does not build: choose another model or objective"
+        )
+
+
+def _initial_state(run: Run, model: Model, optimizer: Any) -> TrainState:
+    params = model.init(jax.random.key(run.seeds.init))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=jax.random.key(run.seeds.dropout),
+    )
+
+
+def stand_in_vocabulary(run: Run) -> Vocabulary:
+    """A vocabulary of the model's size, for plans made where there is no dataset."""
+    size = run.model.vocab_size
+    return Vocabulary(
+        size=size, pad=0, unk=1, cls=2, sep=3, mask=4, bos=2, eos=3, special_ids=(0, 1, 2, 3, 4)
+    )
+
+
+def random_batch(
+    spec: Mapping[str, jax.ShapeDtypeStruct], framing: Any, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """A batch of full rows of random ids, framed and noised as real ones are."""
+    rows = next(iter(spec.values())).shape[0]
+    capacity = framing.length - framing.specials_per_piece
+    regular = framing.vocabulary.regular_ids()
+    generator = np.random.default_rng(seed)
+    ids = regular[generator.integers(0, len(regular), (rows, capacity))].astype(np.int32)
+    keys = generator.integers(0, 2**63, rows).astype(np.uint64)
+    return framing.examples(
+        {
+            "ids": ids,
+            "word_starts": np.ones((rows, capacity), bool),
+            "piece_lengths": np.full((rows, 1), capacity, np.int32),
+        },
+        keys,
+        0,
+    )

@@ -1,0 +1,134 @@
+"""The train step and the evaluation step: pure functions of arrays, jitted once a shape.
+
+Each data-parallel group accumulates its gradients over the microbatches alone, and one sum over
+the `data` axis ends the step: left to the partitioner, every microbatch would pay for a reduction
+of all gradients. The fsdp and tensor axes stay with the partitioner.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree, Shaped
+
+from flaxpretrain.errors import UserError
+from flaxpretrain.models.functional import Execution, Model, cast, executing
+from flaxpretrain.objectives.objective import Objective, Sum
+from flaxpretrain.training.state import TrainState
+
+Metrics = dict[str, Sum]
+Arrays = Mapping[str, Shaped[Array, "B ..."]]
+
+
+def check_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets the same number of rows of every microbatch."""
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (microbatches * groups):
+        raise UserError(
+            f"batch_size {batch_size} is not divisible by microbatches * data * fsdp = "
+            f"{microbatches} * {mesh.shape['data']} * {mesh.shape['fsdp']} = "
+            f"{microbatches * groups}: change batch_size, microbatches or the mesh"
+        )
+
+
+def strided_microbatches(batch: Arrays, count: int) -> dict[str, Shaped[Array, "A b ..."]]:
+    """Splits the rows so that microbatch a holds the rows a, a + A, a + 2A, ...
+
+    Blocks of consecutive rows would live on few devices each and cost twice the FLOPs.
+    """
+    spec = P(None, "fsdp")
+
+    def split(x: Array) -> Array:
+        rows = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(rows, spec)
+
+    return {name: split(x) for name, x in batch.items()}
+
+
+def _weighted(total: Array, weight: Array) -> Array:
+    """`total / weight`, and 0 where nothing was measured."""
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+
+def combine(objective: Objective, sums: Metrics, weights: Mapping[str, Array]) -> Array:
+    """The scalar loss: the objective's terms, each divided by its global weight."""
+    terms = [c * _weighted(sums[t].total, weights[t]) for t, c in objective.terms.items()]
+    return jnp.sum(jnp.stack(terms))
+
+
+def make_train_step(
+    objective: Objective,
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    *,
+    microbatches: int = 1,
+    compute_dtype: Any = jnp.float32,
+    execution: Execution = Execution(),
+) -> Callable[[TrainState, Arrays], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch)`, to be jitted with the state donated."""
+
+    def local_sums(params: PyTree, batch: Arrays, key: Array, weights: Mapping[str, Array]):
+        def scaled_loss(params: PyTree, micro: Arrays) -> tuple[Array, Metrics]:
+            with executing(execution):
+                sums = objective.loss(model, cast(params, compute_dtype), micro, key)
+            return combine(objective, sums, weights), sums
+
+        def accumulate(total: PyTree, micro: Arrays) -> tuple[PyTree, None]:
+            grads, sums = jax.grad(scaled_loss, has_aux=True)(params, micro)
+            return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+        micros = strided_microbatches(batch, microbatches)
+        first = jax.tree.map(lambda x: x[0], micros)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(jax.grad(scaled_loss, has_aux=True), params, first),
+        )
+        total, _ = jax.lax.scan(accumulate, zeros, micros)
+        return jax.lax.psum(total, "data")
+
+    reduced_sums = jax.shard_map(
+        local_sums,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P(), P()),
+        out_specs=P(),
+        axis_names={"data"},
+        check_vma=False,  # gradients stay unreduced on purpose until the one psum
+    )
+
+    def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        weights = objective.weights(batch)
+        grads, sums = reduced_sums(state.params, batch, key, weights)
+        loss = combine(objective, sums, weights)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        one = jnp.float32(1)
+        figures = {
+            "loss": Sum(loss, one),
+            "grad_norm": Sum(optax.global_norm(grads), one),
+            "tokens": Sum(objective.tokens(batch), one),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.key), sums | figures
+
+    return train_step
+
+
+def make_eval_step(
+    objective: Objective,
+    model: Model,
+    *,
+    compute_dtype: Any = jnp.float32,
+    execution: Execution = Execution(),
+) -> Callable[[PyTree, Arrays], Metrics]:
+    """`eval_step(params, batch)`: the sums of a batch, without dropout."""
+
+    def eval_step(params: PyTree, batch: Arrays) -> Metrics:
+        with executing(execution):
+            return objective.loss(model, cast(params, compute_dtype), batch, None)
+
+    return eval_step
