@@ -1,0 +1,207 @@
+"""Framings: frozen numpy-only values that turn rows of text into the fixed-shape batch of a family.
+
+A framing is all of an objective that the host's data threads ever see.
+"""
+
+import abc
+import dataclasses
+import functools
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from flaxpretrain.data.masking import Masking
+from flaxpretrain.data.randomness import Keys, noise_key
+from flaxpretrain.data.vocabulary import Vocabulary
+from flaxpretrain.errors import UserError
+from flaxpretrain.shapes import Batch, IdsBL, Int, Numpy
+
+
+class ArraySpec(NamedTuple):
+    """Shape and dtype of one array of a batch."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Framing(abc.ABC):
+    """Rows to batch, vectorised: every array of a batch has leading axis B and a fixed shape."""
+
+    vocabulary: Vocabulary
+    length: int
+
+    specials_per_piece: ClassVar[int] = 0
+    """Special tokens that the framing adds to each piece of text: what a layout leaves room for."""
+
+    @abc.abstractmethod
+    def examples(self, rows: Batch, keys: Keys, step: int) -> dict[str, np.ndarray]:
+        """The batch of `rows`, a pure function of its arguments and each row's alone.
+
+        `rows` holds what `RowPlan.rows` gives: `ids` int32 [B, T], the pieces of a row back to back
+        without special tokens; `word_starts` bool [B, T]; `piece_lengths` int32 [B, G], where 0 is
+        no piece. A row without pieces is padding and weighs zero everywhere. `step` is for noise
+        whose rate follows a schedule.
+        """
+
+    @abc.abstractmethod
+    def spec(self, batch_size: int) -> dict[str, ArraySpec]:
+        """Shapes and dtypes of the arrays that `examples` gives for `batch_size` rows."""
+
+    @property
+    def capacity(self) -> int:
+        """Text tokens that a row of a single piece holds.
+
+        Raises:
+            UserError: the special tokens leave no room for text.
+        """
+        return text_capacity(self.length, self.specials_per_piece)
+
+
+def text_capacity(length: int, specials_per_piece: int) -> int:
+    """How many tokens of text fit in a row of one piece.
+
+    Raises:
+        UserError: none do.
+    """
+    if length <= specials_per_piece:
+        raise UserError(
+            f"length {length} leaves no room for text beside the {specials_per_piece} special "
+            f"tokens of each piece: use a length of {specials_per_piece + 1} or more"
+        )
+    return length - specials_per_piece
+
+
+class Framed(NamedTuple):
+    """Rows with their special tokens in place."""
+
+    input_ids: IdsBL
+    segment_ids: IdsBL
+    position_ids: IdsBL
+    real: Int[Numpy, " B"]
+
+
+def frame_pieces(rows: Batch, length: int, *, first: int, last: int, pad: int) -> Framed:
+    """Each piece of a row as `first piece last`, one after another, then padding.
+
+    Segments count the pieces from 1, padding is segment 0; positions restart at 0 in each piece.
+
+    Raises:
+        ValueError: the pieces of a row do not fit in `length`.
+    """
+    ids, pieces = rows["ids"], rows["piece_lengths"].astype(np.int64)
+    batch, width = ids.shape
+    framed = np.where(pieces > 0, pieces + 2, 0)
+    real = framed.sum(axis=1)
+    if batch and real.max() > length:
+        raise ValueError(f"a row of {real.max()} tokens does not fit in a length of {length}")
+    # The padding of a row is its last run, so that the runs of all rows tile [B * L].
+    runs = np.concatenate([framed, (length - real)[:, None]], axis=1)
+    ends = np.cumsum(runs.ravel())
+    starts = ends - runs.ravel()
+    number = np.cumsum(pieces > 0, axis=1)
+    segment = np.concatenate([number * (pieces > 0), np.zeros((batch, 1), np.int64)], axis=1)
+    # Run r of row b begins at starts; the text of its piece begins in ids.ravel() at text_starts.
+    text_starts = np.arange(batch)[:, None] * width + np.cumsum(pieces, axis=1) - pieces
+    text_starts = np.concatenate([text_starts, np.zeros((batch, 1), np.int64)], axis=1)
+
+    counts = runs.ravel()
+    flat = np.arange(batch * length)
+    segment_ids = np.repeat(segment.ravel().astype(np.int32), counts)
+    position_ids = (flat - np.repeat(starts, counts)).astype(np.int32)
+    source = flat + np.repeat(text_starts.ravel() - starts - 1, counts)
+    input_ids = ids.reshape(-1).take(source, mode="clip")
+    padding = segment_ids == 0
+    input_ids[padding] = pad
+    position_ids[padding] = 0
+    is_piece = framed.ravel() > 0
+    piece_starts = starts.reshape(runs.shape)[:, :-1].ravel()[is_piece]
+    input_ids[piece_starts] = first
+    input_ids[piece_starts + framed.ravel()[is_piece] - 1] = last
+    shape = (batch, length)
+    return Framed(
+        input_ids.reshape(shape), segment_ids.reshape(shape), position_ids.reshape(shape), real
+    )
+
+
+def token_ids(vocabulary: Vocabulary, *names: str) -> tuple[int, ...]:
+    """The ids of the named tokens.
+
+    Raises:
+        UserError: the tokenizer lacks one.
+    """
+    vocabulary.require(*names)
+    return tuple(getattr(vocabulary, name) for name in names)
+
+
+@functools.lru_cache(maxsize=8)
+def is_text(vocabulary: Vocabulary) -> np.ndarray:
+    """Bool [V], read-only: which ids stand for text."""
+    table = np.zeros(vocabulary.size, np.bool_)
+    table[vocabulary.regular_ids()] = True
+    table.flags.writeable = False
+    return table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedFraming(Framing):
+    """`[CLS] piece [SEP]` with masked tokens, gathered at M slots a row.
+
+    Arrays: `input_ids`, `segment_ids` (0 is padding, pieces count from 1) and `position_ids` (from
+    0 in each piece) int32 [B, L]; `masked_positions` (ascending), `masked_labels` int32 [B, M] and
+    `masked_weights` float32 [B, M], 0 in unused slots; `noise_key` uint32 [B, 2].
+
+    Reference: BERT, https://arxiv.org/abs/1810.04805, section 3.1.
+    """
+
+    masking: Masking
+
+    specials_per_piece: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a vocabulary without the tokens needed, or too small a length."""
+        token_ids(self.vocabulary, "pad", "cls", "sep", "mask")
+        text_capacity(self.length, self.specials_per_piece)
+
+    def examples(self, rows: Batch, keys: Keys, step: int) -> dict[str, np.ndarray]:
+        """The masked batch; the same at every step."""
+        cls, sep, pad = token_ids(self.vocabulary, "cls", "sep", "pad")
+        framed = frame_pieces(rows, self.length, first=cls, last=sep, pad=pad)
+        # Padding and all special tokens, also those that a text holds ([UNK]), are never masked.
+        eligible = is_text(self.vocabulary).take(framed.input_ids)
+        masked = self.masking.apply(keys, framed.input_ids, eligible, framed.real, self.vocabulary)
+        return {
+            "input_ids": masked.input_ids,
+            "segment_ids": framed.segment_ids,
+            "position_ids": framed.position_ids,
+            "masked_positions": masked.positions,
+            "masked_labels": masked.labels,
+            "masked_weights": masked.weights,
+            "noise_key": noise_key(keys),
+        }
+
+    def spec(self, batch_size: int) -> dict[str, ArraySpec]:
+        """Shapes and dtypes of a batch."""
+        row = ArraySpec((batch_size, self.length), np.dtype(np.int32))
+        slots = (batch_size, self.masking.slots(self.length))
+        return {
+            "input_ids": row,
+            "segment_ids": row,
+            "position_ids": row,
+            "masked_positions": ArraySpec(slots, np.dtype(np.int32)),
+            "masked_labels": ArraySpec(slots, np.dtype(np.int32)),
+            "masked_weights": ArraySpec(slots, np.dtype(np.float32)),
+            "noise_key": ArraySpec((batch_size, 2), np.dtype(np.uint32)),
+        }
+
+
+__all__ = [
+    "ArraySpec",
+    "Framed",
+    "Framing",
+    "MaskedFraming",
+    "frame_pieces",
+    "is_text",
+    "text_capacity",
+    "token_ids",
+]
