@@ -217,9 +217,7 @@ class WarmupStableDecay(Warmup):
         _share("decay_share", self.decay_share)
         _share("end", self.end)
         if (self.decay_steps is None) == (self.decay_share is None):
-            raise UserError(
-                "schedule: WarmupStableDecay needs decay_steps or decay_share, not both"
-            )
+            raise UserError("schedule: WarmupStableDecay needs either decay_steps or decay_share")
         if self.decay_steps is not None and self.decay_steps < 0:
             raise UserError(f"schedule.decay_steps must not be negative; got {self.decay_steps}")
 
