@@ -1,0 +1,189 @@
+"""The configuration that BERT and its relatives share, in Transformers' spelling."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from flax import nnx
+
+from flaxpretrain.errors import UserError
+from flaxpretrain.models.layers import activation
+from flaxpretrain.models.names import Entry
+
+_FIXED_OPTIONS = {
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "pruned_heads": {},
+}
+"""Options of Transformers with the only value that this family can represent."""
+
+_OWN_FIELDS = ("heads", "vocab_multiple")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(abc.ABC):
+    """Fields of the encoder family, named as in Transformers, and two of our own.
+
+    heads: what stands on the encoder: "mlm" (masked LM head), "pooler", and "nsp" (the next
+        sentence head, which reads the pooler).
+    vocab_multiple: the word table is padded with rows to a multiple of this; the tokens it adds
+        are never predicted, and exports leave them out.
+    """
+
+    vocab_size: int
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    tie_word_embeddings: bool = True
+    heads: tuple[str, ...] = ("mlm",)
+    vocab_multiple: int = 128
+
+    model_type: ClassVar[str]
+    """Transformers' name of the family, and the name of the file."""
+
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Transformers' classes with the heads that each one has; the masked language model first."""
+
+    hf_defaults: ClassVar[Mapping[str, Any]]
+    """What Transformers assumes for options that a config.json leaves out, where we differ."""
+
+    names: ClassVar[tuple[Entry, ...]]
+    """How the parameters are called in Transformers' checkpoints."""
+
+    sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]]
+    """Path regex of parameters -> mesh axis of each of their dimensions; the first match counts."""
+
+    def __post_init__(self):
+        positive = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
+            "type_vocab_size vocab_multiple max_length"
+        )
+        for name in positive.split():
+            self._require(getattr(self, name) > 0, name, "a positive number")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            self._require(0.0 <= getattr(self, name) < 1.0, name, "a number in [0, 1)")
+        self._require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            f"a multiple of num_attention_heads ({self.num_attention_heads})",
+        )
+        known = sorted({head for heads in self.architectures.values() for head in heads})
+        self._require(set(self.heads) <= set(known), "heads", f"some of {', '.join(known)}")
+        self._require(
+            "nsp" not in self.heads or "pooler" in self.heads, "heads", "'pooler' beside 'nsp'"
+        )
+        activation(self.hidden_act)
+
+    def _require(self, fulfilled: bool, field: str, expected: str) -> None:
+        if not fulfilled:
+            raise UserError(
+                f"{type(self).__name__}.{field}: expected {expected}, got {getattr(self, field)!r}"
+            )
+
+    @property
+    @abc.abstractmethod
+    def position_offset(self) -> int:
+        """Row of the position table that belongs to the first token of a piece."""
+
+    @property
+    @abc.abstractmethod
+    def head_act(self) -> str:
+        """Activation of the masked LM head."""
+
+    @abc.abstractmethod
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The whole network: embeddings, layers and heads."""
+
+    @abc.abstractmethod
+    def trunk(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The layers alone, for a network whose embeddings are owned by another."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest piece, in tokens, that the position table has rows for."""
+        return self.max_position_embeddings - self.position_offset
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the word embedding table."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def scaled(self, fraction: float) -> "EncoderConfig":
+        """The same network with its widths and heads multiplied by `fraction`, at equal depth.
+
+        Reference: the generators of ELECTRA, https://arxiv.org/abs/2003.10555, appendix A, and
+        google-research/electra util/training_utils.py.
+        """
+        return dataclasses.replace(
+            self,
+            hidden_size=round(self.hidden_size * fraction),
+            num_attention_heads=max(1, round(self.num_attention_heads * fraction)),
+            intermediate_size=round(self.intermediate_size * fraction),
+        )
+
+    def flops_per_token(self, length: int, masked_share: float) -> float:
+        """Model FLOPs, forward and backward, of one token in a piece of `length` tokens.
+
+        Matrix products only, 2 FLOPs a multiply-add, the backward pass twice the forward pass.
+        The masked LM head counts at `masked_share` of the tokens, for the true vocabulary; the
+        pooler, once a piece, is left out.
+
+        Reference: https://arxiv.org/abs/2001.08361, section 2.1, but with the attention scores
+        in full, since every token attends every other.
+        """
+        width = self.hidden_size
+        layer = 4 * width**2 + 2 * width * self.intermediate_size + 2 * length * width
+        head = width**2 + width * self.vocab_size if "mlm" in self.heads else 0
+        return 3.0 * 2.0 * (self.num_hidden_layers * layer + masked_share * head)
+
+    @classmethod
+    def from_hf(
+        cls, values: Mapping[str, Any], *, heads: tuple[str, ...] | None = None
+    ) -> "EncoderConfig":
+        """The configuration that a Transformers config.json describes.
+
+        `heads` takes the place of those of the class that it names. Raises UserError for an
+        option that this family cannot represent.
+        """
+        for option, only in _FIXED_OPTIONS.items():
+            if values.get(option) not in (only, None):
+                raise UserError(
+                    f"config.json: {option} is {values[option]!r}; only {only!r} can be loaded"
+                )
+        if heads is None:
+            name = (values.get("architectures") or list(cls.architectures))[0]
+            if name not in cls.architectures:
+                raise UserError(
+                    f"config.json: architectures names {name!r}; expected one of "
+                    f"{', '.join(cls.architectures)}"
+                )
+            heads = cls.architectures[name]
+        values = {**cls.hf_defaults, **values}
+        given: dict[str, Any] = {
+            field.name: float(values[field.name]) if field.type is float else values[field.name]
+            for field in dataclasses.fields(cls)
+            if values.get(field.name) is not None and field.name not in _OWN_FIELDS
+        }
+        return cls(**given, heads=heads)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of Transformers' config.json for this network."""
+        classes = {heads: name for name, heads in self.architectures.items()}
+        masked, bare = list(self.architectures)[:2]
+        name = classes.get(self.heads, masked if "mlm" in self.heads else bare)
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in _OWN_FIELDS}
+        return {"architectures": [name], "model_type": self.model_type, **values}
