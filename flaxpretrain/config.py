@@ -26,6 +26,7 @@ __all__ = [
     "Precision",
     "Run",
     "Seeds",
+    "dataset_folder",
     "differences",
     "load",
     "load_recipe",
@@ -34,6 +35,9 @@ __all__ = [
     "ramp",
     "render",
 ]
+
+
+_PHASE_LENGTHS = ("steps", "tokens", "epochs", "seconds")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,7 +49,8 @@ def _require(condition: bool, message: str) -> None:
 class Phase:
     """A stretch of training with one row length and one batch size.
 
-    Exactly one of `steps`, `tokens` (real input tokens) and `epochs` says how long it is.
+    Exactly one of `steps`, `tokens` (real input tokens), `epochs` and `seconds` says how long it
+    is. Seconds become steps once, before the first step, by timing a few; the workdir keeps them.
     """
 
     length: int
@@ -53,14 +58,15 @@ class Phase:
     steps: int | None = None
     tokens: int | None = None
     epochs: float | None = None
+    seconds: float | None = None
     microbatches: int = 1
 
     def __post_init__(self) -> None:
         """Raises UserError on impossible sizes."""
-        given = [n for n in ("steps", "tokens", "epochs") if getattr(self, n) is not None]
+        given = [n for n in _PHASE_LENGTHS if getattr(self, n) is not None]
         _require(
             len(given) == 1,
-            f"a phase needs exactly one of steps, tokens and epochs; got {given or 'none'}",
+            f"a phase needs exactly one of {', '.join(_PHASE_LENGTHS)}; got {given or 'none'}",
         )
         for name in ("length", "batch_size", "microbatches", given[0]):
             value = getattr(self, name)
@@ -211,13 +217,20 @@ class Run:
             self.device in ("any", "tpu", "gpu", "tpu or gpu"),
             f"device must be any, tpu, gpu or 'tpu or gpu'; got {self.device!r}",
         )
-        limit = getattr(self.model, "max_position_embeddings", None)
+        limit = getattr(self.model, "max_length", None)
         longest = max(phase.length for phase in self.phases)
         _require(
             limit is None or longest <= limit,
-            f"phases ask for rows of {longest} tokens, but model.max_position_embeddings is "
+            f"phases ask for rows of {longest} tokens, but the model has positions for "
             f"{limit}: shorten the rows or enlarge the model's table",
         )
+
+
+def dataset_folder(run: Run, workdir: Path) -> Path:
+    """The folder of a run's dataset; by default inside its workdir."""
+    if run.data.folder is None:
+        return workdir / "dataset"
+    return Path(run.data.folder).expanduser()
 
 
 def load_recipe(path: str | Path) -> Run:
@@ -258,8 +271,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return run
 
 
-_PHASE_FIELDS = ("steps", "tokens", "epochs", "length", "batch_size", "microbatches")
-_PHASE_LENGTHS = ("steps", "tokens", "epochs")
+_PHASE_FIELDS = (*_PHASE_LENGTHS, "length", "batch_size", "microbatches")
 
 
 def override(run: Run, name: str, value: Any) -> Run:

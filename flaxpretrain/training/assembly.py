@@ -102,8 +102,8 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
     Raises:
         UserError: the objective needs what the model lacks, or parameters do not fit the mesh.
     """
-    check_interface(run)
     model = model_of(functools.partial(run.objective.build, run.model))
+    check_interface(run, model)
     abstract_params = model.abstract()
     optimizer = make_optimizer(
         run.optimizer, run.schedule, total_steps, abstract_params, groups=run.objective.groups
@@ -121,17 +121,33 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
     )
     platform = mesh.devices.flat[0].platform
     execution = Execution(
-        attention=attention.choose(run.attention, platform, run.model),
+        attention=attention_backend(run, platform),
         remat=run.remat,
         scan=run.scan_layers,
     )
     return Assembly(run, mesh, model, optimizer, state, execution)
 
 
-def check_interface(run: Run) -> None:
+def attention_backend(run: Run, platform: str) -> str:
+    """The fastest attention that can do what the run asks for on this platform."""
+    if run.attention != "auto":
+        if run.attention not in attention.BACKENDS:
+            raise UserError(
+                f"attention must be auto or one of {', '.join(attention.BACKENDS)}; got "
+                f"{run.attention!r}"
+            )
+        return run.attention
+    if getattr(run.model, "attention_probs_dropout_prob", 0.0) > 0:
+        return "xla"  # the flash kernels have no dropout
+    if platform == "gpu" and run.precision.compute == "float32":
+        return "xla"  # cuDNN's flash attention takes 16-bit numbers only
+    return {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+
+
+def check_interface(run: Run, model: Model) -> None:
     """Raises UserError when the model lacks a method that the objective calls."""
-    module_class = getattr(run.model, "module_class", None)
-    missing = [n for n in run.objective.requires if module_class and not hasattr(module_class, n)]
+    module = model.bind(model.abstract())
+    missing = [name for name in run.objective.requires if not hasattr(module, name)]
     if missing:
         raise UserError(
             f"{type(run.objective).__name__} needs a model with {', '.join(missing)}, which "

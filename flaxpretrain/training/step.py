@@ -6,7 +6,7 @@ of all gradients. The fsdp and tensor axes stay with the partitioner.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,19 @@ from jaxtyping import Array, PyTree, Shaped
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.functional import Execution, Model, cast, executing
 from flaxpretrain.objectives.objective import Objective, Sum
+from flaxpretrain.training.guard import skip_figures
+from flaxpretrain.training.optimizers import learning_rate
 from flaxpretrain.training.state import TrainState
 
-Metrics = dict[str, Sum]
+Sums = dict[str, Sum]
 Arrays = Mapping[str, Shaped[Array, "B ..."]]
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports: the objective's sums over the batch, and scalars of the step."""
+
+    sums: Sums
+    figures: dict[str, Shaped[Array, ""]]
 
 
 def check_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
@@ -54,7 +63,7 @@ def _weighted(total: Array, weight: Array) -> Array:
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
 
 
-def combine(objective: Objective, sums: Metrics, weights: Mapping[str, Array]) -> Array:
+def combine(objective: Objective, sums: Sums, weights: Mapping[str, Array]) -> Array:
     """The scalar loss: the objective's terms, each divided by its global weight."""
     terms = [c * _weighted(sums[t].total, weights[t]) for t, c in objective.terms.items()]
     return jnp.sum(jnp.stack(terms))
@@ -69,11 +78,11 @@ def make_train_step(
     microbatches: int = 1,
     compute_dtype: Any = jnp.float32,
     execution: Execution = Execution(),
-) -> Callable[[TrainState, Arrays], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Arrays], tuple[TrainState, StepMetrics]]:
     """`train_step(state, batch)`, to be jitted with the state donated."""
 
     def local_sums(params: PyTree, batch: Arrays, key: Array, weights: Mapping[str, Array]):
-        def scaled_loss(params: PyTree, micro: Arrays) -> tuple[Array, Metrics]:
+        def scaled_loss(params: PyTree, micro: Arrays) -> tuple[Array, Sums]:
             with executing(execution):
                 sums = objective.loss(model, cast(params, compute_dtype), micro, key)
             return combine(objective, sums, weights), sums
@@ -100,20 +109,21 @@ def make_train_step(
         check_vma=False,  # gradients stay unreduced on purpose until the one psum
     )
 
-    def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         weights = objective.weights(batch)
         grads, sums = reduced_sums(state.params, batch, key, weights)
         loss = combine(objective, sums, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
-        one = jnp.float32(1)
         figures = {
-            "loss": Sum(loss, one),
-            "grad_norm": Sum(optax.global_norm(grads), one),
-            "tokens": Sum(objective.tokens(batch), one),
-        }
-        return TrainState(state.step + 1, params, opt_state, state.key), sums | figures
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": learning_rate(state.opt_state),
+            "tokens": objective.tokens(batch),
+        } | skip_figures(opt_state)
+        new_state = TrainState(state.step + 1, params, opt_state, state.key)
+        return new_state, StepMetrics(sums, figures)
 
     return train_step
 
@@ -124,10 +134,10 @@ def make_eval_step(
     *,
     compute_dtype: Any = jnp.float32,
     execution: Execution = Execution(),
-) -> Callable[[PyTree, Arrays], Metrics]:
+) -> Callable[[PyTree, Arrays], Sums]:
     """`eval_step(params, batch)`: the sums of a batch, without dropout."""
 
-    def eval_step(params: PyTree, batch: Arrays) -> Metrics:
+    def eval_step(params: PyTree, batch: Arrays) -> Sums:
         with executing(execution):
             return objective.loss(model, cast(params, compute_dtype), batch, None)
 

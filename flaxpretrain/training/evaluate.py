@@ -1,0 +1,92 @@
+"""Evaluation on fixed noise: every row once, the same masks each time, summed on the host.
+
+The figures are the same at any batch size and on any number of devices: batches are padded with
+rows of weight zero, and sums are added in float64.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from flaxpretrain.data.pipeline import evaluation_batches
+from flaxpretrain.errors import UserError
+from flaxpretrain.objectives.objective import Objective, Sum
+from flaxpretrain.training import sharding
+
+HostSums = dict[str, Sum]
+
+
+def add_on_host(total: Mapping[str, Sum], more: Mapping[str, Sum]) -> HostSums:
+    """Adds sums that were read from the device, in float64."""
+    added = {}
+    for name, s in more.items():
+        old = total.get(name, Sum(np.float64(0), np.float64(0)))
+        added[name] = Sum(
+            old.total + np.asarray(s.total, np.float64),
+            old.weight + np.asarray(s.weight, np.float64),
+        )
+    return added
+
+
+def fixed_noise_pass(
+    eval_step: Callable[[PyTree, PyTree], Mapping[str, Sum]],
+    params: PyTree,
+    batches: Iterable[Mapping[str, Any]],
+    batch_size: int,
+    mesh: Mesh,
+) -> HostSums:
+    """Sums of all batches; the device works on one batch while the host adds the one before."""
+    rows = sharding.process_rows(mesh, batch_size)
+    total: HostSums = {}
+    before = None
+    for batch in batches:
+        local = {name: array[rows] for name, array in batch.items()}
+        sums = eval_step(params, sharding.to_device(local, mesh, batch_size))
+        if before is not None:
+            total = add_on_host(total, jax.device_get(before))
+        before = sums
+    if before is None:
+        raise UserError("the evaluation split has no rows: give the dataset a larger share of it")
+    return add_on_host(total, jax.device_get(before))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedNoise:
+    """The objective's own loss and metrics on a split, with noise fixed once.
+
+    `every_steps` None means only after the last step; `max_rows` None means the whole split;
+    `length` None means the rows of the last phase. `objective` evaluates under other noise than
+    that of training (15 % masks for a model trained at 30 %, say).
+    """
+
+    batch_size: int
+    name: str = "validation"
+    split: str = "validation"
+    every_steps: int | None = None
+    max_rows: int | None = None
+    length: int | None = None
+    seed: int = 0
+    objective: Objective | None = None
+
+    def run(self, session: Any) -> dict[str, float]:
+        """Figures by name, such as `masked_lm`, for the session's present parameters."""
+        objective = self.objective or session.run.objective
+        mesh = session.assembly.mesh
+        groups = mesh.shape["data"] * mesh.shape["fsdp"]
+        batch_size = -(-self.batch_size // groups) * groups
+        batches = evaluation_batches(
+            session.dataset.split(self.split),
+            session.run.data.layout,
+            objective.framing(session.dataset.vocabulary, self.length or session.phases[-1].length),
+            batch_size,
+            self.seed,
+            limit_rows=self.max_rows,
+        )
+        step = session.eval_step(self.objective)
+        sums = fixed_noise_pass(step, session.state.params, batches, batch_size, mesh)
+        return objective.summarize(sums)

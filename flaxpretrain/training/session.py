@@ -1,0 +1,150 @@
+"""A run opened in its workdir: what evaluations, finishing steps and tools work with."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import flaxpretrain
+from flaxpretrain.config import Data, Phase, Run, dataset_folder, render
+from flaxpretrain.data.pipeline import Pipeline, resolve
+from flaxpretrain.data.rows import RowPlan
+from flaxpretrain.data.store import Dataset, open_dataset
+from flaxpretrain.errors import UserError
+from flaxpretrain.training.assembly import Assembly
+from flaxpretrain.training.state import TrainState
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclasses.dataclass
+class Session:
+    """A run with its dataset, its parts on a mesh, and its present state."""
+
+    run: Run
+    workdir: Path
+    dataset: Dataset
+    phases: tuple[Phase, ...]
+    """Resolved: each has `steps`."""
+    assembly: Assembly
+    state: TrainState
+    step: int
+    say: Callable[[str], None]
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The newest evaluation figures, such as `validation/masked_lm`."""
+    command: str = ""
+    _eval_steps: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return total_steps(self.phases)
+
+    def eval_step(self, objective: Any = None) -> Callable[[Any, Any], Any]:
+        """The jitted evaluation step, compiled once an objective."""
+        key = json.dumps(render(objective)) if objective is not None else None
+        if key not in self._eval_steps:
+            self._eval_steps[key] = self.assembly.eval_step(objective)
+        return self._eval_steps[key]
+
+
+def total_steps(phases: tuple[Phase, ...]) -> int:
+    """Steps of resolved phases."""
+    return sum(phase.steps or 0 for phase in phases)
+
+
+def open_run_dataset(run: Run, workdir: Path) -> Dataset:
+    """The dataset of a run, checked against its model.
+
+    Raises:
+        UserError: it is missing or damaged, or its tokenizer does not fit the model.
+    """
+    dataset = open_dataset(dataset_folder(run, workdir))
+    size = run.model.vocab_size
+    if dataset.vocabulary.size != size:
+        raise UserError(
+            f"{dataset.folder} was made with a tokenizer of {dataset.vocabulary.size} tokens, but "
+            f"model.vocab_size is {size}: add --set model.vocab_size={dataset.vocabulary.size}, or "
+            "choose the dataset made for this recipe"
+        )
+    return dataset
+
+
+def dataset_identity(dataset: Dataset) -> str:
+    """A hash of what the rows are made of: tokenizer, vocabulary and shard checksums."""
+    facts = {
+        "fingerprint": dataset.fingerprint,
+        "vocabulary": dataset.metadata["vocabulary"],
+        "splits": dataset.metadata["splits"],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def row_plan(run: Run, dataset: Dataset, data: Data, length: int) -> RowPlan:
+    """The rows that a split gives at a length."""
+    framing = run.objective.framing(dataset.vocabulary, length)
+    return data.layout.plan(dataset.split(data.split), length, framing.specials_per_piece)
+
+
+def resolve_phases(run: Run, dataset: Dataset) -> tuple[Phase, ...]:
+    """The phases of a run with lengths in steps."""
+    return resolve(run.phases, lambda length: row_plan(run, dataset, run.data, length))
+
+
+def open_pipeline(run: Run, dataset: Dataset, phases: tuple[Phase, ...]) -> Pipeline:
+    """The training batches of a run."""
+    return Pipeline(
+        dataset.split(run.data.split),
+        run.data.layout,
+        lambda length: run.objective.framing(dataset.vocabulary, length),
+        phases,
+        run.seeds,
+        run.data.duplication,
+    )
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers")
+
+
+def facts(run: Run, dataset: Dataset, mesh: Any) -> dict[str, Any]:
+    """What it takes to repeat the run, beside its configuration: run.json."""
+    versions = {}
+    for name in _PACKAGES:
+        versions[name] = importlib.metadata.version(name)
+    return {
+        "flaxpretrain": flaxpretrain.__version__,
+        "python": platform.python_version(),
+        "packages": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "devices": {
+            "platform": mesh.devices.flat[0].platform,
+            "kind": mesh.devices.flat[0].device_kind,
+            "count": int(np.size(mesh.devices)),
+            "processes": jax.process_count(),
+            "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        },
+        "dataset": {
+            "identity": dataset_identity(dataset),
+            "fingerprint": dataset.fingerprint,
+            "licence": dataset.metadata.get("licence"),
+            "attribution": dataset.metadata.get("attribution"),
+        },
+        "seeds": dataclasses.asdict(run.seeds),
+    }
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes aside, then renames, so that no reader sees half of it."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)

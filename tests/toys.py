@@ -1,0 +1,75 @@
+"""Tiny models, batches and runs that the tests share."""
+
+import dataclasses
+
+import numpy as np
+
+from flaxpretrain.config import Checkpoints, Data, Logging, Phase, Run
+from flaxpretrain.data.masking import TokenMasking
+from flaxpretrain.data.rows import Blocks
+from flaxpretrain.data.vocabulary import Vocabulary
+from flaxpretrain.models.bert import BertConfig
+from flaxpretrain.objectives.masked_lm import MaskedLM
+from flaxpretrain.training.optimizers import AdamW
+from flaxpretrain.training.schedules import WarmupLinear
+
+VOCABULARY = Vocabulary(
+    size=300, pad=0, unk=1, cls=2, sep=3, mask=4, bos=2, eos=3, special_ids=(0, 1, 2, 3, 4)
+)
+
+
+def bert(**changes) -> BertConfig:
+    """A BERT of 2 layers of 32, for a vocabulary of 300."""
+    return dataclasses.replace(
+        BertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        ),
+        **changes,
+    )
+
+
+def masked_lm(**changes) -> MaskedLM:
+    """Masked LM at 15 %."""
+    return MaskedLM(masking=TokenMasking(**({"rate": 0.15} | changes)))
+
+
+def run(**changes) -> Run:
+    """A run of a few steps; `data.folder` and the like through `changes`."""
+    values = dict(
+        model=bert(),
+        objective=masked_lm(),
+        data=Data(layout=Blocks()),
+        optimizer=AdamW(1e-3),
+        schedule=WarmupLinear(warmup_steps=2),
+        phases=(Phase(steps=6, length=32, batch_size=8),),
+        checkpoints=Checkpoints(every_steps=100),
+        logging=Logging(every_steps=1, tensorboard=False),
+    )
+    return Run(**(values | changes))
+
+
+def rows(count: int, capacity: int, seed: int = 0, shortest: int = 1) -> dict[str, np.ndarray]:
+    """Random rows of one piece each, of uneven lengths; the last row is empty."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(shortest, capacity + 1, count).astype(np.int32)
+    lengths[-1] = 0
+    ids = generator.integers(5, VOCABULARY.size, (count, capacity)).astype(np.int32)
+    ids[np.arange(capacity) >= lengths[:, None]] = 0
+    return {
+        "ids": ids,
+        "word_starts": np.ones((count, capacity), bool),
+        "piece_lengths": lengths[:, None],
+    }
+
+
+def batch(objective: MaskedLM, count: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """A framed and noised batch of random rows."""
+    framing = objective.framing(VOCABULARY, length)
+    keys = np.random.default_rng(seed + 1).integers(0, 2**63, count).astype(np.uint64)
+    capacity = length - framing.specials_per_piece
+    return dict(framing.examples(rows(count, capacity, seed), keys, 0))
