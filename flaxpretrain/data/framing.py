@@ -105,15 +105,18 @@ def frame_pieces(rows: Batch, length: int, *, first: int, last: int, pad: int) -
     text_starts = np.arange(batch)[:, None] * width + np.cumsum(pieces, axis=1) - pieces
     text_starts = np.concatenate([text_starts, np.zeros((batch, 1), np.int64)], axis=1)
 
+    # In place, and in int32 where no index is needed: the arrays of a chunk must fit in the cache.
     counts = runs.ravel()
-    flat = np.arange(batch * length)
     segment_ids = np.repeat(segment.ravel().astype(np.int32), counts)
-    position_ids = (flat - np.repeat(starts, counts)).astype(np.int32)
-    source = flat + np.repeat(text_starts.ravel() - starts - 1, counts)
+    position_ids = np.arange(batch * length, dtype=np.int32)
+    position_ids -= np.repeat(starts.astype(np.int32), counts)
+    source = np.repeat(text_starts.ravel() - starts - 1, counts)
+    source += np.arange(batch * length)
     input_ids = ids.reshape(-1).take(source, mode="clip")
-    padding = segment_ids == 0
-    input_ids[padding] = pad
-    position_ids[padding] = 0
+    if (real < length).any():
+        padding = segment_ids == 0
+        input_ids[padding] = pad
+        position_ids[padding] = 0
     is_piece = framed.ravel() > 0
     piece_starts = starts.reshape(runs.shape)[:, :-1].ravel()[is_piece]
     input_ids[piece_starts] = first

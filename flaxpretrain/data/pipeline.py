@@ -1,0 +1,338 @@
+"""The batch of a step: order, gather, frame, prefetch.
+
+The global batch of step t is a pure function of (dataset, seeds, t), and the noise of a row of
+(seed, epoch, row): never of the host, the thread or the clock. Resuming is an integer, and any
+number of hosts trains on the same batches.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import os
+import queue
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from flaxpretrain.config import Phase
+from flaxpretrain.data.framing import ArraySpec, Framing
+from flaxpretrain.data.randomness import Stream, permute, row_keys
+from flaxpretrain.data.rows import Layout, RowPlan, epoch_keys
+from flaxpretrain.data.store import Split
+from flaxpretrain.errors import UserError
+from flaxpretrain.shapes import Int, Numpy
+
+_TOKENS_AT_A_TIME = 1 << 16
+"""Tokens framed together: so many that numpy's calls cost little, so few that caches hold them."""
+
+_DIGEST = "digest"
+
+RowsOf = Callable[[int], slice]
+"""Size of the global batch -> the rows of it that a host makes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of host `index` of `count`: consecutive, equally many for each."""
+
+    index: int
+    count: int
+
+    def __call__(self, batch_size: int) -> slice:
+        """The rows of a global batch.
+
+        Raises:
+            UserError: the hosts cannot have equally many.
+        """
+        if batch_size % self.count:
+            raise UserError(
+                f"batch_size {batch_size} is not divisible by the number of hosts {self.count}: "
+                f"use a multiple of {self.count}"
+            )
+        size = batch_size // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+
+class Position(NamedTuple):
+    """Where a step stands: its phase, and the rows of its length's plan that came before it."""
+
+    number: int
+    phase: Phase
+    cursor: int
+
+
+def resolve(
+    phases: tuple[Phase, ...], plan_of_length: Callable[[int], RowPlan]
+) -> tuple[Phase, ...]:
+    """Phases counted in steps; tokens (real ones, specials included) and epochs are rounded up."""
+    resolved = []
+    for phase in phases:
+        if phase.steps is not None:
+            resolved.append(phase)
+            continue
+        plan = plan_of_length(phase.length)
+        if phase.tokens is not None:
+            per_step = plan.real_tokens_per_epoch * phase.batch_size
+            steps = -(-phase.tokens * plan.rows_per_epoch // per_step)
+        else:
+            rows = float(phase.epochs or 0) * plan.rows_per_epoch
+            steps = int(-(-rows // phase.batch_size))
+        resolved.append(dataclasses.replace(phase, steps=steps, tokens=None, epochs=None))
+    return tuple(resolved)
+
+
+class Pipeline:
+    """Training batches of one split by the number of the step.
+
+    Each row length has its own plan and its own count of rows, which goes on when a later phase
+    has that length again. A batch may begin in one epoch and end in the next.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        layout: Layout,
+        framing_of: Callable[[int], Framing],
+        phases: tuple[Phase, ...],
+        *,
+        order_seed: int,
+        noise_seed: int,
+        duplication: int | None = None,
+    ) -> None:
+        """Plans every length.
+
+        Args:
+            split: what to read.
+            layout: how it becomes rows.
+            framing_of: row length -> framing.
+            phases: in steps, tokens or epochs.
+            order_seed: of the order of rows and of which pieces share one.
+            noise_seed: of all noise.
+            duplication: None draws new noise in every epoch (dynamic masking); n repeats that of
+                the first n epochs, packing included (static masking with n copies of the data).
+
+        Raises:
+            UserError: the split is empty, or a length is too small.
+        """
+        if duplication is not None and duplication < 1:
+            raise UserError(f"data.duplication must be positive or None; got {duplication}")
+        lengths = sorted({phase.length for phase in phases})
+        self.framings = {length: framing_of(length) for length in lengths}
+        self.plans = {
+            length: layout.plan(split, length, framing.specials_per_piece)
+            for length, framing in self.framings.items()
+        }
+        self.phases = resolve(phases, self.plans.__getitem__)
+        self.order_seed, self.noise_seed = order_seed, noise_seed
+        self.duplication = duplication
+        steps = [phase.steps or 0 for phase in self.phases]
+        self._ends = np.cumsum(steps).tolist()
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return self._ends[-1]
+
+    def position(self, step: int) -> Position:
+        """The phase of a step and its cursor, in closed form.
+
+        Raises:
+            ValueError: no phase has this step.
+        """
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step} is outside the {self.steps} steps of all phases")
+        number = bisect.bisect_right(self._ends, step)
+        phase = self.phases[number]
+        cursor = sum(
+            (earlier.steps or 0) * earlier.batch_size
+            for earlier in self.phases[:number]
+            if earlier.length == phase.length
+        )
+        begun = step - (self._ends[number] - (phase.steps or 0))
+        return Position(number, phase, cursor + begun * phase.batch_size)
+
+    def epoch(self, step: int) -> float:
+        """Epochs of the present length's rows that came before `step`."""
+        _, phase, cursor = self.position(step)
+        return cursor / self.plans[phase.length].rows_per_epoch
+
+    def spec(self, step: int) -> dict[str, ArraySpec]:
+        """Shapes and dtypes of the global batch of a step."""
+        phase = self.position(step).phase
+        return self.framings[phase.length].spec(phase.batch_size)
+
+    def batch(self, step: int, rows: RowsOf | None = None) -> dict[str, np.ndarray]:
+        """The batch of a step, or the rows of it that `rows` (a `Share`, say) picks.
+
+        Raises:
+            ValueError: no phase has this step.
+            UserError: the batch size does not fit the number of hosts.
+        """
+        _, phase, cursor = self.position(step)
+        plan = self.plans[phase.length]
+        picked = range(phase.batch_size)[rows(phase.batch_size) if rows else slice(None)]
+        epoch, row = np.divmod(cursor + np.array(picked, np.int64), plan.rows_per_epoch)
+        order = epoch_keys(self.order_seed, epoch, Stream.ORDER)
+        index = permute(row, plan.rows_per_epoch, order)
+        if self.duplication is not None:
+            epoch %= self.duplication
+        keys = row_keys(self.noise_seed, epoch, index)
+        views = plan.views(self.order_seed, epoch, index)
+        return _assemble(plan, self.framings[phase.length], *views, keys, step)
+
+    def iterate(
+        self, start: int, stop: int, rows: RowsOf | None = None, ahead: int = 2
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of steps `start` to `stop` - 1, made by a thread up to `ahead` in advance.
+
+        What goes wrong in the thread is raised here. The thread ends with the iterator: when it is
+        exhausted, closed, or forgotten.
+        """
+        return prefetch((self.batch(step, rows) for step in range(start, stop)), ahead)
+
+
+def _assemble(
+    plan: RowPlan,
+    framing: Framing,
+    starts: Int[Numpy, "B G"],
+    piece_lengths: Int[Numpy, "B G"],
+    keys: np.ndarray,
+    step: int,
+) -> dict[str, np.ndarray]:
+    """Reads and frames views, a cacheful of rows at a time, into arrays of the framing's spec."""
+    batch_size = len(starts)
+    batch = {name: np.empty(*spec) for name, spec in framing.spec(batch_size).items()}
+    chunk = max(1, _TOKENS_AT_A_TIME // framing.length)
+    for begin in range(0, batch_size, chunk):
+        part = slice(begin, begin + chunk)
+        rows = plan.read(starts[part], piece_lengths[part])
+        for name, array in framing.examples(rows, keys[part], step).items():
+            batch[name][part] = array
+    return batch
+
+
+def evaluation_batches(
+    split: Split,
+    layout: Layout,
+    framing: Framing,
+    batch_size: int,
+    seed: int,
+    limit_rows: int | None = None,
+    rows: RowsOf | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every row of a split once, in order, with noise fixed by `seed`, whatever the batch size.
+
+    `limit_rows` keeps so many rows, picked at random by `seed`. The last batch is filled up with
+    rows of length 0, which weigh zero. `rows` picks a host's share of each batch.
+
+    Raises:
+        UserError: the split is empty, the length too small, or the batch size impossible.
+    """
+    if batch_size < 1 or (limit_rows is not None and limit_rows < 1):
+        raise UserError(
+            f"batch_size and limit_rows must be positive; got {batch_size} and {limit_rows}"
+        )
+    plan = layout.plan(split, framing.length, framing.specials_per_piece)
+    index = np.arange(plan.rows_per_epoch)
+    if limit_rows is not None and limit_rows < plan.rows_per_epoch:
+        order = epoch_keys(seed, np.zeros(1, np.int64), Stream.ORDER)
+        index = np.sort(permute(index[:limit_rows], plan.rows_per_epoch, order))
+    picked = rows(batch_size) if rows else slice(None)
+    return _evaluate(plan, framing, index, batch_size, picked, seed)
+
+
+def _evaluate(
+    plan: RowPlan, framing: Framing, index: np.ndarray, batch_size: int, picked: slice, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
+    for begin in range(0, len(index), batch_size):
+        here = np.arange(begin, begin + batch_size)[picked]
+        real = here < len(index)
+        chosen = index[np.minimum(here, len(index) - 1)]
+        epoch = np.zeros_like(chosen)
+        starts, piece_lengths = plan.views(seed, epoch, chosen)
+        piece_lengths = piece_lengths * real[:, None]
+        # Step 0: evaluation knows no schedule of rates.
+        yield _assemble(plan, framing, starts, piece_lengths, row_keys(seed, epoch, chosen), 0)
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+def prefetch(
+    batches: Iterator[Mapping[str, np.ndarray]], ahead: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Draws from an iterator in a thread that stays up to `ahead` items in advance."""
+    if ahead < 1:
+        raise ValueError(f"ahead must be at least 1; got {ahead}")
+    done = object()
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(ahead)
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            while True:
+                room.acquire()
+                if stopped.is_set():
+                    return
+                item = next(batches, done)
+                ready.put(item)
+                if item is done:
+                    return
+        except BaseException as error:
+            ready.put(_Failure(error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not done:
+            if isinstance(item, _Failure):
+                raise item.error
+            room.release()
+            yield item
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()
+
+
+def digest(batch: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the names, dtypes, shapes and contents of a batch, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name in sorted(batch):
+        array = np.asarray(batch[name])
+        sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def dump(batch: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes a batch and its digest as .npz, aside first, then renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        np.savez(file, **{_DIGEST: np.array(digest(batch)), **batch})
+    os.replace(aside, path)
+
+
+def replay(path: Path) -> dict[str, np.ndarray]:
+    """The batch that `dump` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; `dump` writes batches as .npz")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            batch = {name: file[name] for name in file.files}
+        written = str(batch.pop(_DIGEST))
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is no dumped batch, or damaged: {error}") from error
+    if digest(batch) != written:
+        raise UserError(f"{path} is damaged: its arrays do not match the digest written with them")
+    return batch
