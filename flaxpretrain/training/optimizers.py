@@ -9,10 +9,10 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
@@ -265,7 +265,7 @@ class Muon(Optimizer):
             return "adam" if dimensions(name, x) is None else "muon"
 
         def scaled(name: str, update: Array) -> Array:
-            sides = dimensions(name, update) or ()
+            sides: Any = dimensions(name, update)
             inputs, outputs = (math.prod(update.shape[i] for i in axes) for axes in sides)
             if self.consistent_rms is None:
                 return update * math.sqrt(max(1, outputs / inputs))
@@ -340,7 +340,9 @@ def make_optimizer(
             "to the objective's groups"
         )
 
-    transforms = {name: _single(values[name], schedule, total_steps) for name in names}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        name: _single(values[name], schedule, total_steps) for name in names
+    }
     return in_float32(optax.partition(transforms, map_named(group_of, params_abstract)))
 
 
@@ -361,7 +363,7 @@ def _rate_states(opt_state: PyTree) -> list[RateState]:
 
 
 def learning_rate(opt_state: PyTree) -> Float[Array, ""]:
-    """The rate of the last update made (before any: of the first), whatever wraps the state.
+    """The rate of the next update, whatever wraps the optimizer's state.
 
     With several groups it is the first group's, by name; `learning_rates` has all.
     """
@@ -369,7 +371,7 @@ def learning_rate(opt_state: PyTree) -> Float[Array, ""]:
 
 
 def learning_rates(opt_state: PyTree) -> dict[str, Float[Array, ""]]:
-    """The rate of every group; of a run without groups, under the name ""."""
+    """The rate of every group's next update; of a run without groups, under the name ""."""
     if len(_rate_states(opt_state)) == 1:
         return {"": learning_rate(opt_state)}
     return {
@@ -377,20 +379,3 @@ def learning_rates(opt_state: PyTree) -> dict[str, Float[Array, ""]]:
         for name, leaf in named_leaves(opt_state).items()
         if name.endswith("/learning_rate")
     }
-
-
-def with_total_steps(opt_state: PyTree, total_steps: int) -> PyTree:
-    """The state of an optimizer whose schedule follows the clock, told its number of steps."""
-
-    def told(node: PyTree) -> PyTree:
-        if not isinstance(node, RateState):
-            return node
-        total = jax.device_put(np.int32(total_steps), node.total_steps.sharding)
-        return node._replace(total_steps=total)
-
-    return jax.tree.map(told, opt_state, is_leaf=lambda x: isinstance(x, RateState))
-
-
-def total_steps(opt_state: PyTree) -> int:
-    """The number of steps that the state holds."""
-    return int(_rate_states(opt_state)[0].total_steps)

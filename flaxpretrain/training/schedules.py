@@ -22,9 +22,9 @@ def _number(value: Any) -> Factor:
     return jnp.asarray(value).astype(jnp.float32)
 
 
-def _share(name: str, value: float | None, least: float = 0.0) -> None:
-    if value is not None and not least <= value <= 1:
-        raise UserError(f"schedule.{name} must lie between {least:g} and 1; got {value}")
+def _share(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise UserError(f"schedule.{name} must lie between 0 and 1; got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,6 @@ class Schedule(abc.ABC):
     @abc.abstractmethod
     def factor(self, step: Any, total_steps: Any) -> Factor:
         """The factor for the update made after `step` updates of a run of `total_steps`."""
-
-    @property
-    def hours(self) -> float | None:
-        """Wall-clock budget that `total_steps` must be derived from; None: a count of steps."""
-        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,35 +228,26 @@ class WarmupStableDecay(Warmup):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BudgetTriangle(Schedule):
-    """A triangle over a wall-clock budget: `min(base + x (1 - base) / (1 - fall), (1 - x) / fall)`.
+class Triangle(Schedule):
+    """A triangle: `min(base + x (1 - base) / (1 - fall), (1 - x) / fall)` with x = step / total.
 
-    x = step / total. The rate rises from `base` to 1 during the first `1 - fall` of the run, then
-    falls to 0. The loop measures the speed once, early, derives total steps from `budget_hours`
-    and stores them in the state (`optimizers.with_total_steps`), so a resumed run does not depend
-    on the clock. (The original reads the clock at every step.)
+    The rate rises from `base` to 1 during the first `1 - fall` of the run, then falls to 0. Made
+    for a wall-clock budget: give the phases in seconds, which become steps once, before the first
+    one. (The original reads the clock at every step, so no two of its runs have the same rates.)
 
     Reference: Geiping and Goldstein 2023 (https://arxiv.org/abs/2212.14034);
     JonasGeiping/cramming cramming/backend/optimizers/schedulers.py, get_budget_triangle with the
     values of budget-triangle2.
     """
 
-    budget_hours: float
     base: float = 0.25
     fall: float = 0.25
 
     def __post_init__(self) -> None:
         """Raises UserError on impossible numbers."""
         _share("base", self.base)
-        if self.budget_hours <= 0:
-            raise UserError(f"schedule.budget_hours must be positive; got {self.budget_hours}")
         if not 0 < self.fall < 1:
             raise UserError(f"schedule.fall must lie between 0 and 1; got {self.fall}")
-
-    @property
-    def hours(self) -> float | None:
-        """Wall-clock budget that `total_steps` must be derived from."""
-        return self.budget_hours
 
     def factor(self, step: Any, total_steps: Any) -> Factor:
         """The factor for the update made after `step` updates."""
@@ -283,8 +269,6 @@ class Stage:
         """Raises UserError on impossible numbers."""
         if self.steps is not None and self.steps <= 0:
             raise UserError(f"schedule stage: steps must be positive; got {self.steps}")
-        if self.schedule.hours is not None:
-            raise UserError("schedule: a wall-clock budget cannot be one stage of several")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -71,15 +71,16 @@ def per_layer(
 
     def update_leaf(name: str, update: Array, state: Any, param: Array) -> tuple[Array, Any]:
         def one(update: Array, state: Any, param: Array) -> tuple[Array, Any]:
+            new: Any
             new, state = inner.update(view(name, update), state, view(name, param))
             return new.reshape(update.shape), state
 
         return (jax.vmap(one) if is_stacked(name) else one)(update, state, param)
 
-    def init_fn(params: PyTree) -> PyTree:
+    def init_fn(params: Any) -> Any:
         return map_named(init_leaf, params)
 
-    def update_fn(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         paths, tree = jax.tree_util.tree_flatten_with_path(updates)
         results = [
             update_leaf(leaf_name(path), update, leaf_state, param)
@@ -103,9 +104,7 @@ def scale_by_adam(
     if bias_correction:
         return adam
 
-    def update_fn(
-        updates: PyTree, state: optax.ScaleByAdamState, params: PyTree = None
-    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
@@ -127,10 +126,8 @@ def scale_by_stable_adam(
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-    def update_fn(
-        grads: PyTree, state: Any, params: PyTree = None
-    ) -> tuple[PyTree, optax.ScaleByAdamState]:
-        directions, state = adam.update(grads, state)
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        directions, state = adam.update(updates, state)
         second = optax.tree.bias_correction(state.nu, b2, state.count)
 
         def clipped(
@@ -143,7 +140,7 @@ def scale_by_stable_adam(
                 direction = direction + weight_decay * param
             return direction / jnp.maximum(rms, 1.0)
 
-        return map_named(clipped, directions, grads, second, params, decayed(params)), state
+        return map_named(clipped, directions, updates, second, params, decayed(params)), state
 
     return optax.GradientTransformation(adam.init, update_fn)
 
@@ -159,7 +156,7 @@ def scale_by_depth(decay: float, offset: int, embeddings: str) -> optax.Gradient
     Reference: google-research/electra model/optimization.py, _get_layer_lrs.
     """
 
-    def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(updates)
         stacks = [leaf.shape[0] for path, leaf in leaves if is_stacked(leaf_name(path))]
         deepest = max(stacks, default=0)
@@ -177,37 +174,31 @@ def scale_by_depth(decay: float, offset: int, embeddings: str) -> optax.Gradient
 
 
 class RateState(NamedTuple):
-    """The optimizer's own count, the steps of the whole run, and the rate of its last update."""
+    """The optimizer's own count of updates, and the learning rate of the next one."""
 
     count: Int[Array, ""]
-    total_steps: Int[Array, ""]
     learning_rate: Float[Array, ""]
 
 
 def scale_by_rate(
     peak: float, schedule: Schedule, total_steps: int
 ) -> optax.GradientTransformation:
-    """Multiplies by minus the learning rate, which is kept in the state to be logged.
+    """Multiplies by minus the learning rate; the state names the next rate, to be logged.
 
-    The count is of updates made: a step that the guard skips does not advance it. `total_steps`
-    is the configured number, except for a schedule with a wall-clock budget: that one reads the
-    number that the state holds (`optimizers.with_total_steps`).
+    The count is of updates made: a step that the guard skips does not advance it.
     """
 
-    def rate(state: RateState) -> Float[Array, ""]:
-        total = total_steps if schedule.hours is None else state.total_steps
-        return jnp.float32(peak) * schedule.factor(state.count, total)
+    def state_at(count: Any) -> RateState:
+        return RateState(count, jnp.float32(peak) * schedule.factor(count, total_steps))
 
-    def init_fn(params: PyTree) -> RateState:
-        state = RateState(jnp.int32(0), jnp.int32(total_steps), jnp.float32(0))
-        return state._replace(learning_rate=rate(state))
+    def init_fn(params: Any) -> Any:
+        return state_at(jnp.int32(0))
 
-    def update_fn(
-        updates: PyTree, state: RateState, params: PyTree = None
-    ) -> tuple[PyTree, RateState]:
-        now = rate(state)
-        updates = jax.tree.map(lambda u: u * -now, updates)
-        return updates, RateState(optax.safe_increment(state.count), state.total_steps, now)
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # Not the rate in the state: a resumed run may have another number of steps.
+        rate = state_at(state.count).learning_rate
+        updates = jax.tree.map(lambda u: u * -rate, updates)
+        return updates, state_at(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -219,16 +210,15 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: PyTree) -> PyTree:
+    def init_fn(params: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             return inner.init(optax.tree.cast(params, jnp.float32))
 
-    def update_fn(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         dtypes = jax.tree.map(lambda p: p.dtype, params)
         with jax.numpy_dtype_promotion("standard"):
-            updates, params = optax.tree.cast((updates, params), jnp.float32)
+            updates = optax.tree.cast(updates, jnp.float32)
+            params = optax.tree.cast(params, jnp.float32)
             updates, state = inner.update(updates, state, params, **extra)
         return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), state
 

@@ -1,0 +1,287 @@
+"""The processes and devices of a run, and where each array lies on them.
+
+Axes: `data` (rows), `fsdp` (rows, and slices of the state), `tensor` (slices of the layers).
+Axis types are Auto on purpose: the partitioner places what no rule names. Parameters follow rules
+beside their architecture, pairs of a regex of parameter names and the mesh axis of each dimension.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree, Shaped
+
+from flaxpretrain.errors import UserError
+from flaxpretrain.shapes import Batch
+from flaxpretrain.training.state import is_stacked, map_named, named_leaves
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
+"""Rows of a batch lie along both axes that do not split the layers."""
+
+REPLICATION_LIMIT = 16 * 2**20
+"""Bytes that a replicated tensor may have on a mesh that could split it."""
+
+Axis = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, tuple[Axis, ...]]]
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> bool:
+    """Joins the processes of a run on several hosts, where arguments or the environment say so.
+
+    Must run before anything touches a device. Arguments win over JAX_COORDINATOR_ADDRESS
+    (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID; Cloud TPU pods, Slurm and Open MPI are
+    recognised by their own variables and need none.
+
+    Returns:
+        Whether there are several processes.
+
+    Raises:
+        UserError: some but not all of the three settings are given, or they are not numbers.
+    """
+    environment = os.environ if environment is None else environment
+    address = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
+    count = _setting("JAX_NUM_PROCESSES", processes, environment)
+    index = _setting("JAX_PROCESS_ID", process, environment)
+    if address is not None or count is not None or index is not None:
+        if not address or count is None or index is None:
+            raise UserError(
+                "several processes need all of JAX_COORDINATOR_ADDRESS (host:port of process 0), "
+                f"JAX_NUM_PROCESSES and JAX_PROCESS_ID; got {address}, {count} and {index}"
+            )
+        if not 0 <= index < count:
+            raise UserError(f"JAX_PROCESS_ID must lie in 0 to {count - 1}; got {index}")
+        jax.distributed.initialize(address, count, index)
+        return count > 1
+    if _in_a_cluster(environment):
+        jax.distributed.initialize()
+        return jax.process_count() > 1
+    return False
+
+
+def _setting(name: str, value: int | None, environment: Mapping[str, str]) -> int | None:
+    if value is not None or name not in environment:
+        return value
+    try:
+        return int(environment[name])
+    except ValueError as error:
+        raise UserError(f"{name} must be a number; got {environment[name]!r}") from error
+
+
+def _in_a_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether variables of a launcher that JAX knows tell of more than one process."""
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    if environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return True
+    counts = [environment.get(n, "1") for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    return any(count.isdigit() and int(count) > 1 for count in counts)
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """The mesh of all devices, or of those given; one size may be -1, for the rest.
+
+    On several TPU slices the `data` axis goes across slices, the others stay inside one.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        raise UserError(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: "
+            "the sizes must multiply to that number; -1 (at most once) takes what is left"
+        )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data is {sizes[0]}, which is not divisible by the {slices} TPU slices; fsdp and "
+            "tensor must fit inside one slice"
+        )
+    inside = (sizes[0] // slices, sizes[1], sizes[2])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every array of a batch: its leading axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, ROWS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def state_shardings(state: PyTree, rules: Rules, mesh: Mesh) -> PyTree[NamedSharding]:
+    """The sharding of every leaf of an abstract `TrainState`.
+
+    Parameters follow the first rule whose regex occurs in their name; without any rules, each
+    has its largest divisible dimension over `fsdp`, never the layers' axis. Leaves of the
+    optimizer's state that are named and shaped like a parameter lie as it does; others are
+    replicated.
+
+    Raises:
+        UserError: a parameter that no rule claims, a rule that does not fit its parameter, or a
+            large tensor that would be replicated.
+    """
+    specs = {
+        name: _param_spec(name, leaf.shape, rules, mesh)
+        for name, leaf in named_leaves(state.params).items()
+    }
+    shapes = {name: leaf.shape for name, leaf in named_leaves(state.params).items()}
+    following = _followers(specs, shapes)
+
+    def place(spec_of: Callable[[str, Any], P]) -> Callable[[str, Any], NamedSharding]:
+        return lambda name, leaf: NamedSharding(mesh, spec_of(name, leaf))
+
+    shardings = type(state)(
+        step=replicated(mesh),
+        params=map_named(place(lambda name, _: specs[name]), state.params),
+        opt_state=map_named(place(following), state.opt_state),
+        key=replicated(mesh),
+    )
+    check_replication(state, shardings, mesh)
+    return shardings
+
+
+def _param_spec(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
+    if not rules:
+        return _default_spec(name, shape, mesh)
+    for pattern, dimensions in rules:
+        if not re.search(pattern, name):
+            continue
+        if len(dimensions) != len(shape):
+            raise UserError(
+                f"sharding rule {pattern!r} names {len(dimensions)} dimensions, but {name} has "
+                f"shape {shape}: correct the rule, or put a narrower one before it"
+            )
+        _check_dimensions(name, shape, dimensions, mesh)
+        return P(*dimensions)
+    raise UserError(
+        f"parameter {name} {shape} is claimed by no sharding rule: add one to the rules beside "
+        "its architecture"
+    )
+
+
+def _check_dimensions(
+    name: str, shape: tuple[int, ...], dimensions: Sequence[Axis], mesh: Mesh
+) -> None:
+    for index, (size, axis) in enumerate(zip(shape, dimensions, strict=True)):
+        axes = () if axis is None else (axis,) if isinstance(axis, str) else axis
+        for unknown in set(axes) - set(mesh.shape):
+            raise UserError(
+                f"sharding of {name}: no mesh axis {unknown!r}; known: {', '.join(mesh.shape)}"
+            )
+        parts = int(np.prod([mesh.shape[a] for a in axes]))
+        if size % parts:
+            raise UserError(
+                f"parameter {name} {shape}: dimension {index} of size {size} is not divisible by "
+                f"mesh {' * '.join(axes)} = {parts}; change the mesh or the model's sizes"
+            )
+
+
+def _default_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The largest divisible dimension over `fsdp`; vectors are not worth the gathering."""
+    first = 1 if is_stacked(name) else 0
+    if len(shape) - first < 2:
+        return P()
+    dimensions = [i for i in range(first, len(shape)) if shape[i] % mesh.shape["fsdp"] == 0]
+    if not dimensions:
+        return P()
+    largest = max(dimensions, key=lambda i: shape[i])
+    return P(*[None] * largest, "fsdp")
+
+
+def _followers(
+    specs: Mapping[str, P], shapes: Mapping[str, tuple[int, ...]]
+) -> Callable[[str, Any], P]:
+    """The spec of a leaf of the optimizer's state: its parameter's, where the shapes agree."""
+
+    def spec_of(name: str, leaf: Any) -> P:
+        parts = name.split("/")
+        # The parameter's name is a run of parts of the leaf's; the longest one is the right one.
+        for length in range(len(parts), 0, -1):
+            for start in range(len(parts) - length + 1):
+                candidate = "/".join(parts[start : start + length])
+                if candidate in specs:
+                    return specs[candidate] if leaf.shape == shapes[candidate] else P()
+        return P()
+
+    return spec_of
+
+
+def check_replication(state: PyTree, shardings: PyTree, mesh: Mesh) -> None:
+    """Raises UserError when a tensor over 16 MiB is replicated on a mesh that could split it."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    for (name, leaf), sharding in zip(
+        named_leaves(state).items(), jax.tree.leaves(shardings), strict=True
+    ):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
+        size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+        if sharding.is_fully_replicated and size > REPLICATION_LIMIT:
+            raise UserError(
+                f"{name} {leaf.shape} ({size / 2**20:.0f} MiB) would be replicated on every "
+                f"device of a mesh with fsdp={mesh.shape['fsdp']}, tensor={mesh.shape['tensor']}: "
+                "give it a sharding rule, or sizes that the mesh divides"
+            )
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch that this process must load.
+
+    They are the smallest contiguous range that covers its devices' rows; processes whose devices
+    differ along `tensor` only load the same rows.
+
+    Raises:
+        UserError: the batch is not divisible by data * fsdp.
+    """
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % groups:
+        raise UserError(
+            f"batch_size {batch_size} is not divisible by mesh data * fsdp = "
+            f"{mesh.shape['data']} * {mesh.shape['fsdp']} = {groups}"
+        )
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    ranges = [index[0].indices(batch_size) for index in indices if index is not None]
+    return slice(min(r[0] for r in ranges), max(r[1] for r in ranges))
+
+
+def to_device(
+    local: Batch, mesh: Mesh, global_batch_size: int
+) -> dict[str, Shaped[Array, "rows ..."]]:
+    """The global batch as device arrays, from this process's rows of it (`process_rows`)."""
+    sharding, first = batch_sharding(mesh), process_rows(mesh, global_batch_size).start
+
+    def put(array: np.ndarray) -> Array:
+        def rows_of(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(global_batch_size)
+            return array[start - first : stop - first]
+
+        shape = (global_batch_size, *array.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, rows_of)
+
+    return {name: put(array) for name, array in local.items()}
