@@ -3,10 +3,13 @@
 Reference: https://arxiv.org/abs/1810.04805; google-research/bert modeling.py.
 """
 
+from typing import TypeVar
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from flaxpretrain.errors import UserError
 from flaxpretrain.models.attention import NEVER, SelfAttention
 from flaxpretrain.models.encoder_config import EncoderConfig
 from flaxpretrain.models.functional import fold, scan, stack
@@ -22,6 +25,16 @@ from flaxpretrain.models.layers import (
 )
 
 _EMBEDDINGS = 0xFFFF_FFFF  # folded into a row's dropout key; the layers fold in their numbers
+
+
+Part = TypeVar("Part")
+
+
+def present(part: Part | None, head: str) -> Part:
+    """The part of a network; raises UserError where the configuration left it out."""
+    if part is None:
+        raise UserError(f"model.heads: this objective needs {head!r} among them")
+    return part
 
 
 class Embeddings(nnx.Module):
@@ -143,10 +156,10 @@ class MaskedHead(nnx.Module):
     ) -> Float[Array, "*B V"]:
         """Logits in float32; those of the padded vocabulary's extra tokens are hugely negative."""
         x = self.norm(activation(self.head_act)(self.dense(hidden)))
-        if self.decoder is None:
-            kernel, bias = words.T, self.bias[...]
-        else:
+        if self.decoder is not None:
             kernel, bias = self.decoder.kernel[...], self.decoder.bias[...]
+        else:
+            kernel, bias = words.T, present(self.bias, "mlm")[...]
         logits = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=jnp.float32)
         real = jnp.arange(bias.shape[0]) < self.vocab_size
         logits += jnp.where(real, bias.astype(jnp.float32), NEVER)[None]
@@ -188,15 +201,15 @@ class EncoderModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B M D"]) -> Float[Array, "B M V"]:
         """Scores in float32 of every token of the padded vocabulary."""
-        return self.mlm_head(hidden, self.embeddings.words[...])
+        return present(self.mlm_head, "mlm")(hidden, self.embeddings.words[...])
 
     def pool(
         self, hidden: Float[Array, "B L D"], positions: Int[Array, "B G"]
     ) -> Float[Array, "B G D"]:
         """What the pooler makes of the tokens at these positions: each piece's first."""
         first = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-        return jnp.tanh(self.pooler(first))
+        return jnp.tanh(present(self.pooler, "pooler")(first))
 
     def next_sentence_logits(self, pooled: Float[Array, "B G D"]) -> Float[Array, "B G 2"]:
         """Scores in float32 of "is the next sentence" (0) and "is a random one" (1)."""
-        return self.nsp_head(pooled).astype(jnp.float32)
+        return present(self.nsp_head, "nsp")(pooled).astype(jnp.float32)

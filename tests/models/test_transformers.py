@@ -1,0 +1,187 @@
+"""Logits equal Transformers', for every option of its configurations; names go both ways."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.tolerances import LOGITS_FLOAT32
+
+from flaxpretrain.errors import UserError
+from flaxpretrain.models.bert import BertConfig
+from flaxpretrain.models.functional import model_of
+from flaxpretrain.models.names import to_params, to_state_dict
+from flaxpretrain.models.positions import restarting
+from flaxpretrain.models.roberta import RobertaConfig
+
+pytestmark = pytest.mark.hf
+
+TINY = dict(
+    vocab_size=101,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=19,
+)
+
+GRID = [
+    (BertConfig, "BertForMaskedLM", {}),
+    (BertConfig, "BertForMaskedLM", {"vocab_size": 128, "hidden_act": "gelu_new"}),
+    (BertConfig, "BertForMaskedLM", {"vocab_size": 129, "hidden_act": "relu"}),
+    (BertConfig, "BertForMaskedLM", {"layer_norm_eps": 1e-3, "hidden_act": "silu"}),
+    (BertConfig, "BertForMaskedLM", {"type_vocab_size": 5, "hidden_act": "gelu_pytorch_tanh"}),
+    (BertConfig, "BertForMaskedLM", {"tie_word_embeddings": False, "hidden_act": "mish"}),
+    (BertConfig, "BertForMaskedLM", {"num_hidden_layers": 1, "num_attention_heads": 1}),
+    (BertConfig, "BertForMaskedLM", {"num_attention_heads": 24, "pad_token_id": 7}),
+    (BertConfig, "BertForPreTraining", {"hidden_act": "quick_gelu"}),
+    (BertConfig, "BertForPreTraining", {"tie_word_embeddings": False}),
+    (BertConfig, "BertForNextSentencePrediction", {"intermediate_size": 7}),
+    (BertConfig, "BertModel", {"hidden_act": "tanh"}),
+    (RobertaConfig, "RobertaForMaskedLM", {}),
+    (RobertaConfig, "RobertaForMaskedLM", {"pad_token_id": 4, "hidden_act": "relu"}),
+    (RobertaConfig, "RobertaForMaskedLM", {"tie_word_embeddings": False, "vocab_size": 127}),
+    (RobertaConfig, "RobertaForMaskedLM", {"type_vocab_size": 3, "layer_norm_eps": 1e-6}),
+    (RobertaConfig, "RobertaModel", {"hidden_act": "gelu_fast"}),
+]
+CASES = [
+    pytest.param(*case, id=f"{case[1]}-{'-'.join(map(str, case[2].values()))}") for case in GRID
+]
+
+
+def oracle(config_class, name, options):
+    """A random Transformers network; every bias and scale moved off its trivial start."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    kind = getattr(transformers, config_class.__name__)
+    theirs = kind(**{**TINY, **options})
+    if theirs.pad_token_id is not None and name.startswith("Roberta"):
+        theirs.max_position_embeddings = TINY["max_position_embeddings"] + theirs.pad_token_id + 1
+    network = getattr(transformers, name)(theirs).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return network
+
+
+def tensors_of(network):
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+def batch_of(config):
+    rng = np.random.default_rng(1)
+    ids = rng.integers(config.pad_token_id + 1, config.vocab_size, (3, 17)).astype(np.int32)
+    segments = np.ones_like(ids)
+    for row, real in enumerate((17, 11, 1)):
+        ids[row, real:], segments[row, real:] = config.pad_token_id, 0
+    types = rng.integers(0, config.type_vocab_size, ids.shape).astype(np.int32)
+    return ids, segments, types
+
+
+def their_outputs(network, ids, segments, types):
+    import torch
+
+    with torch.no_grad():
+        out = network(
+            input_ids=torch.tensor(ids, dtype=torch.long),
+            attention_mask=torch.tensor(segments, dtype=torch.long),
+            token_type_ids=torch.tensor(types, dtype=torch.long),
+        )
+    return {name: value.numpy() for name, value in out.items() if hasattr(value, "numpy")}
+
+
+def our_outputs(config, params, ids, segments, types):
+    model = model_of(config.build)
+
+    @jax.jit
+    def forward(params, ids, segments, types):
+        module = model.bind(params)
+        hidden = module.embed(ids, segments, restarting(segments), types)
+        hidden = module.encode(hidden, segments)
+        out = {"hidden": hidden}
+        if "mlm" in config.heads:
+            out["logits"] = module.logits(hidden)
+        if "pooler" in config.heads:
+            out["pooled"] = module.pool(hidden, jnp.zeros((len(ids), 1), jnp.int32))
+        if "nsp" in config.heads:
+            out["nsp"] = module.next_sentence_logits(out["pooled"])[:, 0]
+        return out
+
+    return {
+        name: np.asarray(value) for name, value in forward(params, ids, segments, types).items()
+    }
+
+
+@pytest.mark.parametrize(("config_class", "name", "options"), CASES)
+def test_outputs_equal_those_of_transformers(config_class, name, options):
+    network = oracle(config_class, name, options)
+    config = config_class.from_hf(network.config.to_dict() | {"architectures": [name]})
+    params, _ = to_params(
+        tensors_of(network), config.names, model_of(config.build).abstract(), config.vocab_size
+    )
+    batch = batch_of(config)
+    theirs, ours = their_outputs(network, *batch), our_outputs(config, params, *batch)
+    real = batch[1] > 0
+
+    pairs = []
+    if "mlm" in config.heads:
+        name_of_logits = "prediction_logits" if "nsp" in config.heads else "logits"
+        logits = ours["logits"]
+        assert np.all(logits[..., config.vocab_size :] < -1e29)
+        pairs.append((logits[..., : config.vocab_size][real], theirs[name_of_logits][real]))
+    else:
+        if "nsp" not in config.heads:
+            pairs.append((ours["hidden"][real], theirs["last_hidden_state"][real]))
+            pairs.append((ours["pooled"][:, 0], theirs["pooler_output"]))
+    if "nsp" in config.heads:
+        pairs.append(
+            (ours["nsp"], theirs["seq_relationship_logits" if "mlm" in config.heads else "logits"])
+        )
+    for mine, reference in pairs:
+        assert np.abs(reference).max() > 0.05
+        np.testing.assert_allclose(mine, reference, rtol=0, atol=LOGITS_FLOAT32)
+
+
+@pytest.mark.parametrize(("config_class", "name", "options"), CASES)
+def test_tensors_go_there_and_back_unchanged(config_class, name, options):
+    network = oracle(config_class, name, options)
+    theirs = tensors_of(network)
+    config = config_class.from_hf(network.config.to_dict() | {"architectures": [name]})
+    model = model_of(config.build)
+    params, notes = to_params(theirs, config.names, model.abstract(), config.vocab_size)
+    back = to_state_dict(params, config.names, config.vocab_size)
+
+    tied = {n for note in notes for n in [note.removeprefix("dropped ").split(":")[0]]}
+    assert set(back) == set(theirs) - (tied - set(back))
+    unused = {"cls.predictions.bias", "lm_head.bias"} & tied
+    for tensor_name in set(back) - unused:
+        np.testing.assert_array_equal(back[tensor_name], theirs[tensor_name])
+
+
+@pytest.mark.parametrize(("config_class", "name", "options"), CASES)
+def test_transformers_loads_the_export_whole(config_class, name, options, tmp_path):
+    import torch
+
+    network = oracle(config_class, name, options)
+    config = config_class.from_hf(network.config.to_dict() | {"architectures": [name]})
+    params = jax.jit(model_of(config.build).init)(jax.random.key(3))
+    exported = type(network.config)(**config.to_hf())
+    assert exported.architectures == [name]
+    fresh = type(network)(exported).eval()
+    tensors = to_state_dict(jax.tree.map(np.asarray, params), config.names, config.vocab_size)
+    result = fresh.load_state_dict({n: torch.tensor(t) for n, t in tensors.items()}, strict=False)
+    fresh.tie_weights()
+    assert not result.unexpected_keys
+    tied = ("decoder.weight", "decoder.bias") if config.tie_word_embeddings else ()
+    assert all(n.endswith(tied) for n in result.missing_keys)
+    batch = batch_of(config)
+    theirs, ours = their_outputs(fresh, *batch), our_outputs(config, params, *batch)
+    for key in {"logits", "prediction_logits"} & set(theirs) if "mlm" in config.heads else ():
+        np.testing.assert_allclose(
+            ours["logits"][..., : config.vocab_size][batch[1] > 0],
+            theirs[key][batch[1] > 0],
+            rtol=0,
+            atol=LOGITS_FLOAT32,
+        )
