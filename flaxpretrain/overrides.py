@@ -26,6 +26,12 @@ def coerce(owner: Any, field: str, value: Any, where: str) -> Any:
         UserError: the value does not read as that type; the line begins with `where`.
     """
     hint = typing.get_type_hints(type(owner))[field]
+    if hint is Any and dataclasses.is_dataclass(getattr(owner, field)):
+        held = type(getattr(owner, field)).__name__
+        raise UserError(
+            f"{where}: {field} holds {held}; change its fields ({field}.NAME=VALUE), or choose "
+            "another in the recipe"
+        )
     candidates = [_literal(value), value] if isinstance(value, str) else [value]
     for candidate in candidates:
         fits, result = _fit(candidate, hint)
@@ -48,7 +54,6 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     """Whether `value` is of type `hint`, and the value as that type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        # A field of any type holds a value of another room: text can only replace text.
         return isinstance(value, (str, int, float, bool, type(None))), value
     if origin in (typing.Union, types.UnionType):
         fitting = [r for ok, r in (_fit(value, a) for a in arguments) if ok]

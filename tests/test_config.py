@@ -56,7 +56,7 @@ def test_setting_the_tokens_of_a_phase_replaces_its_steps():
         ("phases.3.steps", "1", "not an index below 1"),
         ("objective.terms.mlm", "1", "did you mean 'masked_lm'"),
         ("steps.more", "1", "no field 'steps'"),
-        ("optimizer", "AdamW", "expected"),
+        ("optimizer", "AdamW", "optimizer holds AdamW; change its fields"),
         ("batch_size", "0", "must be positive"),
         ("precision.compute", "float8", "float32 or bfloat16"),
     ],
