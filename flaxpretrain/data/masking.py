@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 from flaxpretrain.shapes import Bool, Float, IdsBL, Int, Numpy
 
-CountRule = Literal["bert", "fairseq", "exact", "electra"]
+COUNT_RULES = ("bert", "fairseq", "exact", "electra")
 
 _OVERFLOW = 1e-9
 """Bernoulli masks: the chance that a full row has more masked tokens than slots."""
@@ -136,15 +136,15 @@ class TokenMasking(Masking):
     has none. `max_predictions` sets M by hand (google-research/bert: 20 at length 128, 77 at 512).
     """
 
-    count: CountRule = "bert"
+    count: str = "bert"
     max_predictions: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError on an unknown rule or a number of slots below 1."""
         super().__post_init__()
-        if self.count not in get_args(CountRule):
+        if self.count not in COUNT_RULES:
             raise UserError(
-                f"masking.count must be one of {', '.join(get_args(CountRule))}; got {self.count!r}"
+                f"masking.count must be one of {', '.join(COUNT_RULES)}; got {self.count!r}"
             )
         if self.max_predictions is not None and self.max_predictions < 1:
             raise UserError(f"masking.max_predictions must be positive; got {self.max_predictions}")

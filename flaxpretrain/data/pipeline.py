@@ -328,8 +328,9 @@ def replay(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path} is not a file; `dump` writes batches as .npz")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            batch = {name: file[name] for name in file.files}
+        # Opened here: numpy leaves a file open that it cannot make sense of.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            batch = {name: arrays[name] for name in arrays.files}
         written = str(batch.pop(_DIGEST))
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is no dumped batch, or damaged: {error}") from error
