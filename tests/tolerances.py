@@ -5,3 +5,10 @@ LOGITS_FLOAT32 = 2e-5
 
 FLOAT32_REORDERED = 2e-6
 """Parameters near 1 after two steps, when float32 sums were taken in another order."""
+
+OPTIMIZER_FLOAT32 = 1e-4
+"""Way of a parameter over 4 float32 updates against float64's, relative to its longest: the way is
+some thousandths of the parameter, whose rounding is 1e-7 of itself."""
+
+ORTHOGONALISED_FLOAT32 = 1e-3
+"""As before, for Muon: five Newton-Schulz iterations amplify rounding."""
