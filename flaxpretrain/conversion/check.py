@@ -1,0 +1,165 @@
+"""The proof of an export: Transformers loads it and computes what we compute."""
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from flaxpretrain.conversion.folders import CONFIG_FILE
+from flaxpretrain.conversion.tensors import read_json
+from flaxpretrain.errors import UserError
+from flaxpretrain.models.functional import model_of
+
+TOLERANCE = 2e-5
+"""Largest difference of an output, in float32, that an export may show."""
+
+_ROWS, _LONGEST, _SEED = 3, 48, 0
+
+
+def torch_is_installed() -> bool:
+    """Whether PyTorch could be imported; it is not imported here."""
+    return importlib.util.find_spec("torch") is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A few rows to compare on: random ids, the later rows padded on the right."""
+
+    input_ids: Int[np.ndarray, "B L"]
+    attention: Int[np.ndarray, "B L"]
+    token_type_ids: Int[np.ndarray, "B L"]
+
+
+def probe(config: Any) -> Probe:
+    """Rows of a full and of shorter lengths; a token in its place is never the padding token."""
+    generator = np.random.default_rng(_SEED)
+    length = min(config.max_length, _LONGEST)
+    ids = generator.integers(0, config.vocab_size, (_ROWS, length))
+    if config.vocab_size > 1:
+        ids = np.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
+    lengths = [max(1, length - length * row // (_ROWS + 1)) for row in range(_ROWS)]
+    attention = (np.arange(length)[None] < np.array(lengths)[:, None]).astype(np.int32)
+    types = generator.integers(0, config.type_vocab_size, (_ROWS, length)) * attention
+    ids = np.where(attention > 0, ids, config.pad_token_id)
+    return Probe(ids.astype(np.int32), attention, types.astype(np.int32))
+
+
+def maximum_difference(folder: Path, config: Any, params: PyTree) -> float:
+    """The largest absolute difference between our outputs and those of the exported model.
+
+    Every output that both sides have is compared, at real tokens; in float32, on the CPU.
+
+    Raises:
+        UserError: Transformers finds names missing or left over in the folder.
+    """
+    rows = probe(config)
+    theirs = _theirs(folder, rows)
+    ours = _ours(config, params, rows)
+    real = rows.attention > 0
+    differences = []
+    for name in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[name], theirs[name]
+        if a.ndim == 3:
+            a, b = a[real], b[real]
+        differences.append(float(np.max(np.abs(a - b))))
+    # A comparison with NaN is false everywhere else: let it be the largest.
+    return float("inf") if any(np.isnan(differences)) else max(differences)
+
+
+def _theirs(folder: Path, rows: Probe) -> dict[str, np.ndarray]:
+    import torch
+    import transformers
+
+    name = read_json(folder / CONFIG_FILE)["architectures"][0]
+    with _quiet(transformers.utils.logging):
+        model, report = getattr(transformers, name).from_pretrained(
+            folder,
+            output_loading_info=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        )
+    problems = [
+        f"{kind.replace('_', ' ')} {', '.join(sorted(map(str, report[kind])))}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[kind]
+    ]
+    if problems:
+        raise UserError(f"{folder}: Transformers' {name} finds {'; '.join(problems)}")
+    with torch.no_grad():
+        output = model.eval()(
+            input_ids=torch.tensor(rows.input_ids, dtype=torch.long),
+            attention_mask=torch.tensor(rows.attention, dtype=torch.long),
+            token_type_ids=torch.tensor(rows.token_type_ids, dtype=torch.long),
+        )
+    return {key: value.numpy() for key, value in output.items() if torch.is_tensor(value)}
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without Transformers' report on names, which is read here instead of printed."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def locally() -> Iterator[None]:
+    """Computes on one device of this process, the CPU if it can, whatever mesh is around."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        device = jax.local_devices()[0]
+    mesh = jax.sharding.Mesh(
+        np.array([device]), ("local",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        yield
+
+
+def _ours(config: Any, params: PyTree, rows: Probe) -> dict[str, np.ndarray]:
+    """Our outputs under the names that Transformers gives them."""
+    model = model_of(config.build)
+
+    def outputs(params: PyTree) -> dict[str, Array]:
+        module: Any = model.bind(params)
+        segments = jnp.asarray(rows.attention)
+        places = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
+        hidden = module.encode(
+            module.embed(
+                jnp.asarray(rows.input_ids), segments, places, jnp.asarray(rows.token_type_ids)
+            ),
+            segments,
+        )
+        heads = config.heads
+        if "pooler" in heads:
+            pooled = module.pool(hidden, jnp.zeros((len(segments), 1), jnp.int32))
+        found = {"last_hidden_state": hidden}
+        if "mlm" in heads:
+            # Two names: what it is called depends on what else the network has.
+            logits = module.logits(hidden)[..., : config.vocab_size]
+            found |= {"logits": logits, "prediction_logits": logits}
+        if "pooler" in heads:
+            found["pooler_output"] = pooled[:, 0]
+        if "nsp" in heads:
+            scores = module.next_sentence_logits(pooled)[:, 0]
+            found |= {"seq_relationship_logits": scores}
+            if "mlm" not in heads:
+                found["logits"] = scores
+        return found
+
+    with locally():
+        return jax.tree.map(np.asarray, jax.jit(outputs)(params))

@@ -1,0 +1,105 @@
+"""A Hugging Face model as a workdir at step 0, from which training goes on and tools work."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flaxpretrain
+from flaxpretrain.config import Run, render
+from flaxpretrain.conversion.folders import (
+    CONFIG_FILE,
+    HubModel,
+    config_class,
+    config_of,
+    copy_tokenizer,
+    params_of,
+)
+from flaxpretrain.conversion.init_from import differing, fitted_params, flags_of
+from flaxpretrain.conversion.sources import CHECKPOINTS, open_model, write_origin
+from flaxpretrain.data.store import TOKENIZER_FOLDER
+from flaxpretrain.errors import UserError
+from flaxpretrain.training.checkpoints import Checkpoints
+from flaxpretrain.training.loop import FORMAT
+from flaxpretrain.training.session import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What an import made.
+
+    flags: `--set` arguments with which the recipe trains this model.
+    """
+
+    workdir: Path
+    config: Any
+    parameters: int
+    flags: tuple[str, ...]
+
+
+def import_model(
+    source: str | Path, workdir: Path, run: Run | None, *, say: Callable[[str], None]
+) -> Imported:
+    """Writes a workdir whose checkpoint of step 0 holds a model's weights, and its tokenizer.
+
+    With a run, the checkpoint is for that run, whose model takes the source's sizes and keeps its
+    own heads; those that the source lacks start fresh. Without, the model is kept as it is.
+
+    Raises:
+        UserError: the workdir is in use, or the source cannot be read or does not fit the run.
+    """
+    if (workdir / CHECKPOINTS).exists() or (workdir / CONFIG_FILE).exists():
+        raise UserError(f"--workdir {workdir} is in use: choose a new one")
+    model, origin = open_model(source)
+    config, flags = config_of(model), ()
+    if run is None:
+        params, notes = params_of(model, config, source=str(source))
+        for note in notes:
+            say(f"{source}: {note}")
+    else:
+        run, flags = _fitted_run(model, config, run, str(source))
+        config = run.model
+        params = fitted_params(model, run, source=str(source), say=say)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written ({error.strerror})") from error
+    if model.tokenizer is not None:
+        copy_tokenizer(model.tokenizer, workdir / TOKENIZER_FOLDER)
+    else:
+        say(f"{source}: no tokenizer; exports and evaluation of {workdir} will need --tokenizer")
+    write_origin(workdir, origin)
+    if run is not None:
+        write_json(workdir / CONFIG_FILE, render(run))
+    metadata = {
+        "format": FORMAT,
+        "step": 0,
+        "run": None if run is None else render(run),
+        "model": render(config),
+        "phase_steps": [],
+        "dataset": None,
+        "tokenizer": None,
+        "code_version": flaxpretrain.__version__,
+        "figures": {},
+    }
+    # Last: with it the workdir is whole.
+    Checkpoints(workdir / CHECKPOINTS).save_params(0, params, metadata)
+    return Imported(workdir, config, _count(params), flags)
+
+
+def _fitted_run(model: HubModel, config: Any, run: Run, source: str) -> tuple[Run, tuple[str, ...]]:
+    """The run with the source's sizes, and the flags that say so."""
+    if not isinstance(run.model, config_class(model.values.get("model_type"))):
+        raise UserError(
+            f"{source} is a {config.model_type}, but the recipe {run.name} trains a "
+            f"{run.model.model_type}: choose a recipe for {config.model_type}"
+        )
+    changes = differing(config, run.model)
+    fitted = dataclasses.replace(run.model, **changes)
+    return dataclasses.replace(run, model=fitted), tuple(flags_of(changes))
+
+
+def _count(params: Any) -> int:
+    if isinstance(params, dict):
+        return sum(_count(value) for value in params.values())
+    return int(params.size)

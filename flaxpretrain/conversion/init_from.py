@@ -1,0 +1,127 @@
+"""Weights for a new run from a model that exists already: continued pretraining."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from tokenizers import Tokenizer
+
+from flaxpretrain.config import Run, dataset_folder
+from flaxpretrain.conversion.check import locally
+from flaxpretrain.conversion.folders import HubModel, config_class, params_of
+from flaxpretrain.conversion.sources import open_model, write_origin
+from flaxpretrain.data.store import TOKENIZER_FOLDER
+from flaxpretrain.errors import UserError
+from flaxpretrain.models.functional import model_of
+
+_MAY_DIFFER = {
+    "heads",
+    "vocab_multiple",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+}
+"""Fields that do not change what given weights compute; dropout rates neither."""
+
+
+def weights_from(
+    source: str | Path,
+    run: Run,
+    *,
+    say: Callable[[str], None],
+    workdir: Path | None = None,
+) -> PyTree:
+    """Parameters for a run from a workdir, a Hugging Face folder or a hub id.
+
+    What the run's model shares with the source is copied. Heads that the source lacks start
+    fresh, from `run.seeds.init`; those that the run lacks are left. `say` gets a line on each.
+    With a `workdir`, the tokenizer of the run's dataset must agree with the source's, and the
+    workdir remembers what the run started from.
+
+    Raises:
+        UserError: another architecture, sizes or activations, another tokenizer, or names missing
+            or left over.
+    """
+    model, origin = open_model(source)
+    if workdir is not None:
+        check_tokenizers(model.tokenizer, dataset_folder(run, workdir) / TOKENIZER_FOLDER, source)
+    params = fitted_params(model, run, source=str(source), say=say)
+    if workdir is not None and jax.process_index() == 0:
+        write_origin(workdir, origin)
+    return params
+
+
+def fitted_params(model: HubModel, run: Run, *, source: str, say: Callable[[str], None]) -> PyTree:
+    """The parameters of a run's objective with those of the part that fits the model replaced."""
+    initial = _initial(run)
+    config, fresh = _fitting_part(model, run, initial, source)
+    loaded, notes = params_of(model, config, source=source, initial=fresh)
+    for note in notes:
+        say(f"{source}: {note}")
+    new = {id(old): leaf for old, leaf in zip(*map(jax.tree.leaves, (fresh, loaded)), strict=True)}
+    return jax.tree.map(lambda leaf: new.get(id(leaf), leaf), initial)
+
+
+def _initial(run: Run) -> PyTree:
+    """What the run would start from by itself, as numpy arrays."""
+    model = model_of(functools.partial(run.objective.build, run.model))
+    with locally():
+        params = jax.jit(model.init)(jax.random.key(run.seeds.init))
+    return jax.tree.map(np.asarray, params)
+
+
+def _fitting_part(model: HubModel, run: Run, params: PyTree, source: str) -> tuple[Any, PyTree]:
+    """The first of the run's networks that computes what the source's weights are made for."""
+    theirs = config_class(model.values.get("model_type"))
+    problems = []
+    for config, subtree in run.objective.parts(run.model, params).values():
+        if not isinstance(config, theirs):
+            problems.append(
+                f"it is a {model.values.get('model_type')}, the run trains a {config.model_type}"
+            )
+            continue
+        changes = differing(theirs.from_hf(model.values, heads=config.heads), config)
+        if not changes:
+            return config, subtree
+        problems.append(f"its model is another one: add {' '.join(flags_of(changes))}")
+    raise UserError(f"{source} does not fit the recipe {run.name}: {problems[0]}")
+
+
+def differing(source: Any, target: Any) -> dict[str, Any]:
+    """Fields of `target` that must change, and to what, to compute what `source` computes."""
+    changes = {}
+    for field in dataclasses.fields(source):
+        theirs, ours = getattr(source, field.name), getattr(target, field.name)
+        free = field.name in _MAY_DIFFER or "dropout" in field.name
+        if not free and theirs != ours:
+            changes[field.name] = theirs
+    return changes
+
+
+def flags_of(changes: Mapping[str, Any]) -> list[str]:
+    """The arguments of run_pretraining.py that make these changes to a recipe's model."""
+    return [f"--set model.{name}={value}" for name, value in changes.items()]
+
+
+def check_tokenizers(source: Path | None, dataset: Path, name: str | Path) -> None:
+    """Compares the ids of the tokens, as far as both sides have a tokenizer.json.
+
+    Raises:
+        UserError: some tokens have another id.
+    """
+    files = [folder / "tokenizer.json" for folder in (source, dataset) if folder is not None]
+    if len(files) < 2 or not all(file.is_file() for file in files):
+        return
+    theirs, ours = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+    odd = [token for token, number in ours.items() if theirs.get(token) != number]
+    if odd:
+        raise UserError(
+            f"{name} was trained with another tokenizer than the dataset: {len(odd)} of "
+            f"{len(ours)} tokens have another id or none, such as {odd[0]!r}; build the dataset "
+            "with the tokenizer of that model"
+        )
