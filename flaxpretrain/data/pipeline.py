@@ -14,7 +14,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -314,8 +314,9 @@ def digest(batch: Mapping[str, np.ndarray]) -> str:
 def dump(batch: Mapping[str, np.ndarray], path: Path) -> None:
     """Writes a batch and its digest as .npz, aside first, then renamed."""
     aside = path.with_name(path.name + ".tmp")
+    arrays: dict[str, Any] = {_DIGEST: np.array(digest(batch)), **batch}
     with aside.open("wb") as file:
-        np.savez(file, **{_DIGEST: np.array(digest(batch)), **batch})
+        np.savez(file, **arrays)
     os.replace(aside, path)
 
 
