@@ -166,7 +166,8 @@ class Checkpoints:
     ) -> tuple[PyTree, dict[str, Any], int]:
         """The parameters of the newest readable checkpoint, its metadata and its step.
 
-        Without `abstract` they are nested dicts of numpy arrays, whatever mesh they came from.
+        Without `abstract`, or where it has no shardings, they are numpy arrays in nested dicts,
+        whatever mesh they came from.
 
         Raises:
             UserError: no checkpoint can be read, or it holds another model's parameters.
@@ -175,8 +176,9 @@ class Checkpoints:
         def load(info: Info) -> PyTree:
             wanted = abstract
             if wanted is None:
-                stored = ocp.checkpointables_metadata(self._path(info.step)).metadata[PARAMS]
-                wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
+                stored: Any = ocp.checkpointables_metadata(self._path(info.step)).metadata
+                wanted = jax.tree.map(_as_numpy, stored[PARAMS])
+            wanted = jax.tree.map(lambda leaf: leaf if _placed(leaf) else _as_numpy(leaf), wanted)
             loaded = self._load(info, {PARAMS: _text_keys(wanted)})[PARAMS]
             if abstract is None:
                 return _number_keys(loaded)
@@ -354,13 +356,22 @@ def restore_params(folder: Path | str) -> tuple[PyTree, dict[str, Any], int]:
     return Checkpoints(folder).restore_params()
 
 
-def _named(trees: Mapping[str, PyTree]) -> dict[str, Array]:
+def _named(trees: Mapping[str, PyTree]) -> dict[str, Array | np.ndarray]:
     return named_leaves(dict(trees))
 
 
 def _training_leaves(state: TrainState, key_data: Any) -> dict[str, Any]:
     """All but the parameters, by name: no optimizer class is needed to read them."""
     return named_leaves({"step": state.step, "opt_state": state.opt_state, "key": key_data})
+
+
+def _placed(leaf: Any) -> bool:
+    return getattr(leaf, "sharding", None) is not None
+
+
+def _as_numpy(leaf: Any) -> np.ndarray:
+    """What asks Orbax for a numpy array; its memory is never touched."""
+    return np.empty(leaf.shape, leaf.dtype)
 
 
 def _text_keys(tree: PyTree) -> PyTree:

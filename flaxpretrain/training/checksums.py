@@ -36,7 +36,7 @@ def _stacked(leaves: list[Array]) -> UInt32[Array, "leaves"]:
     return jnp.stack([_checksum(x) for x in leaves])
 
 
-def checksums(leaves: dict[str, Array]) -> dict[str, int]:
+def checksums(leaves: dict[str, Array | np.ndarray]) -> dict[str, int]:
     """The checksum of every array, by its name."""
     if not leaves:
         return {}

@@ -67,9 +67,10 @@ def guarded(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        zero = jnp.int32(0)
         losses = jnp.zeros(guard.window, jnp.float32)
-        return GuardState(inner.init(params), losses, zero, zero, zero, zero, zero)
+        # Five arrays, not one five times: a buffer can be donated once only.
+        counts = (jnp.int32(0) for _ in range(5))
+        return GuardState(inner.init(params), losses, *counts)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         loss = jnp.asarray(extra["value"], jnp.float32)
