@@ -1,0 +1,362 @@
+"""Loads, saves and applies tokenizers; reads special ids and word starts from them.
+
+Built on the `tokenizers` library: what a dataset was encoded with is the very file that the
+exported model carries. Training them is in `tokenizer_training`.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers as library
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from flaxpretrain.data.vocabulary import Vocabulary
+from flaxpretrain.errors import UserError
+from flaxpretrain.shapes import Bool, Int, Numpy
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
+    "pad": ("[PAD]", "<pad>"),
+    "cls": ("[CLS]", "<cls>"),
+    "sep": ("[SEP]", "<sep>"),
+    "mask": ("[MASK]", "<mask>"),
+    "bos": ("[BOS]", "<s>", "<|endoftext|>"),
+    "eos": ("[EOS]", "</s>", "<|endoftext|>"),
+    "unk": ("[UNK]", "<unk>"),
+}
+"""How special tokens are spelled where no configuration names them."""
+
+
+class Tokenizer:
+    """A tokenizer, the roles of its special tokens, and what a dataset needs to know of it."""
+
+    def __init__(
+        self,
+        backend: library.Tokenizer,
+        roles: Mapping[str, str],
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`roles` maps names of `Vocabulary.TOKENS` to tokens; `settings` are kept for `save`.
+
+        Raises:
+          UserError: a role's token is not in the tokenizer.
+        """
+        backend = library.Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.roles = dict(roles)
+        self.settings = dict(settings or {})
+        for role, token in self.roles.items():
+            if backend.token_to_id(token) is None:
+                raise UserError(
+                    f"the tokenizer's configuration names {token!r} as {role} token, "
+                    "but its vocabulary does not hold it"
+                )
+
+    def __reduce__(self):
+        return _rebuild, (self.backend.to_str(), self.roles, self.settings)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Size and special ids."""
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        added = self.backend.get_added_tokens_decoder()
+        matches = [(match, i) for token, i in ids.items() if (match := SENTINEL.fullmatch(token))]
+        sentinels = tuple(i for match, i in sorted(matches, key=lambda pair: int(pair[0][1])))
+        # The largest id and not the count: a vocabulary may have holes.
+        return Vocabulary(
+            size=max(ids.values()) + 1,
+            sentinels=sentinels,
+            special_ids=tuple(sorted(i for i, token in added.items() if token.special)),
+            **{role: ids[token] for role, token in self.roles.items()},
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical tokenizer.json and the roles of special tokens."""
+        content = [json.loads(self.backend.to_str()), self.roles]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @functools.cached_property
+    def word_starts(self) -> Bool[Numpy, " V"]:
+        """Whether each id opens a word: the rule of the model's family, special tokens do.
+
+        WordPiece: no "##" before it. Byte-level BPE: the text begins with a space. SentencePiece
+        (Unigram or BPE): it begins with "▁". Any other model: every token is a word. A sentence's
+        first token opens a word whatever it is; that is the dataset builder's affair.
+
+        Reference: google-research/bert create_pretraining_data.py; fairseq data/encoders/utils.py.
+        """
+        opens = np.ones(self.vocabulary.size, bool)
+        begins = _word_opening(json.loads(self.backend.to_str()))
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            opens[i] = begins(token)
+        opens[list(self.vocabulary.special_ids)] = True
+        return opens
+
+    def encode_sentences(
+        self, sentences: Sequence[str]
+    ) -> tuple[Int[Numpy, " T"], Int[Numpy, " S"]]:
+        """Ids of all sentences, back to back, and how many each has; no special tokens are added.
+
+        Text that spells a special token ("[MASK]", "<pad>") stays text: it is cut into ordinary
+        tokens. Where a model has no other token for it, it becomes the unknown token.
+
+        Raises:
+          UserError: a sentence turns into a special token and there is no unknown token.
+        """
+        encodings = self._text_backend.encode_batch_fast(sentences, add_special_tokens=False)
+        ids_of_sentences = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, ids_of_sentences), np.int64, len(sentences))
+        tokens = itertools.chain.from_iterable(ids_of_sentences)
+        ids = np.fromiter(tokens, np.int32, int(lengths.sum()))
+        reserved = self._reserved[ids]
+        if reserved.any():
+            if self.vocabulary.unk is None:
+                token = self.backend.id_to_token(int(ids[reserved][0]))
+                raise UserError(
+                    f"text turned into the special token {token!r} and the tokenizer has no "
+                    "unknown token: remove the token from the text"
+                )
+            ids[reserved] = self.vocabulary.unk
+        return ids, lengths
+
+    def save(self, folder: Path | str) -> None:
+        """Writes what Transformers' `AutoTokenizer.from_pretrained` loads, and `vocab.txt`.
+
+        The files are tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / TOKENIZER_FILE))
+        # The generic class: it takes tokenizer.json as it is, where a model's own class would
+        # rebuild normaliser and framing from its settings. Transformers 4 and 5 both know it.
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.settings,
+            **{f"{role}_token": token for role, token in self.roles.items()},
+        }
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if isinstance(self.backend.model, models.WordPiece):
+            ids = self.backend.get_vocab(with_added_tokens=True)
+            ordered = sorted(ids, key=ids.__getitem__)
+            (folder / "vocab.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
+
+    @functools.cached_property
+    def _text_backend(self) -> library.Tokenizer:
+        """The same tokenizer, for which special tokens in the text are text."""
+        content = json.loads(self.backend.to_str())
+        content["post_processor"] = None
+        if content["model"]["type"] == "Unigram":
+            # Unigram would find special tokens as pieces, the best ones, with their score of 0.
+            special = {token["content"] for token in content["added_tokens"] if token["special"]}
+            content["added_tokens"] = [t for t in content["added_tokens"] if not t["special"]]
+            pieces = content["model"]["vocab"]
+            for number, (piece, score) in enumerate(pieces):
+                if piece in special and number != content["model"]["unk_id"]:
+                    pieces[number] = [f"\x00{number}", score]
+        backend = library.Tokenizer.from_str(json.dumps(content))
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def _reserved(self) -> np.ndarray:
+        reserved = np.zeros(self.vocabulary.size, bool)
+        reserved[[i for i in self.vocabulary.special_ids if i != self.vocabulary.unk]] = True
+        return reserved
+
+
+def load(
+    name: Path | str, lowercase: bool | None = None, strip_accents: bool | None = None
+) -> Tokenizer:
+    """Loads a tokenizer from a file, a folder or the Hugging Face hub.
+
+    A WordPiece `vocab.txt` becomes BERT's tokenizer, with these options (`lowercase` None: true;
+    `strip_accents` None: as `lowercase`). Everything else carries its own normaliser. A folder is
+    read from tokenizer.json, else from vocab.txt, else by Transformers; so is a hub name.
+
+    Raises:
+      UserError: nothing to load, a file that is no tokenizer, options that do not apply.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix == ".txt":
+        return _load_wordpiece(path, True if lowercase is None else lowercase, strip_accents)
+    if path.is_dir() and not (path / TOKENIZER_FILE).exists() and (path / "vocab.txt").exists():
+        settings = _read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else {}
+        if lowercase is None:
+            lowercase = bool(settings.get("do_lower_case", True))
+        if strip_accents is None:
+            strip_accents = settings.get("strip_accents")
+        return _load_wordpiece(path / "vocab.txt", lowercase, strip_accents)
+    if lowercase is not None or strip_accents is not None:
+        raise UserError(
+            f"lower-casing and accent options apply to a WordPiece vocab.txt only; {name} has its "
+            "own normaliser: leave them out"
+        )
+    if path.is_file() and path.suffix == ".json":
+        return _load_json(path)
+    if path.is_dir() and (path / TOKENIZER_FILE).exists():
+        return _load_json(path / TOKENIZER_FILE)
+    return _load_transformers(str(name))
+
+
+def roles_by_name(tokens: Mapping[str, int]) -> dict[str, str]:
+    """The roles that usual spellings suggest: [MASK] or <mask> is the mask, and so on."""
+    roles = {}
+    for role, names in USUAL_NAMES.items():
+        found = next((name for name in names if name in tokens), None)
+        if found is not None:
+            roles[role] = found
+    # RoBERTa and BART frame with <s> and </s>; where there is a mask, they are cls and sep too.
+    if "mask" in roles and "cls" not in roles and {"bos", "eos"} <= set(roles):
+        roles |= {"cls": roles["bos"], "sep": roles["eos"]}
+    return {role: roles[role] for role in Vocabulary.TOKENS if role in roles}
+
+
+def wordpiece_backend(
+    vocabulary: Mapping[str, int], lowercase: bool, strip_accents: bool | None
+) -> library.Tokenizer:
+    """BERT's tokenizer over a vocabulary, framing with [CLS] and [SEP] where it has them."""
+    model = models.WordPiece(dict(vocabulary), unk_token=_wordpiece_unknown(vocabulary))
+    backend = library.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=True,
+        strip_accents=strip_accents,
+        lowercase=lowercase,
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    roles = roles_by_name(vocabulary)
+    special = sorted(set(roles.values()), key=vocabulary.__getitem__)
+    backend.add_special_tokens([library.AddedToken(token, special=True) for token in special])
+    if "cls" in roles and "sep" in roles:
+        backend.post_processor = framing_processor(backend, roles["cls"], roles["sep"])
+    return backend
+
+
+def framing_processor(
+    backend: library.Tokenizer, cls: str, sep: str
+) -> processors.TemplateProcessing:
+    """[CLS] text [SEP], and for a pair [CLS] text [SEP] text [SEP] with types 0 and 1."""
+    return processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
+    )
+
+
+def _wordpiece_unknown(vocabulary: Mapping[str, int]) -> str:
+    for name in USUAL_NAMES["unk"]:
+        if name in vocabulary:
+            return name
+    raise UserError("a WordPiece vocabulary needs an unknown token: add a line [UNK] to vocab.txt")
+
+
+def _load_wordpiece(path: Path, lowercase: bool, strip_accents: bool | None) -> Tokenizer:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): is it a vocabulary?") from None
+    if lines and not lines[-1]:
+        lines.pop()
+    vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines)}
+    if not any(name in vocabulary for name in USUAL_NAMES["unk"]):
+        raise UserError(
+            f"{path} holds no [UNK] among its {len(lines)} lines: a WordPiece vocabulary has one "
+            "token a line and needs it"
+        )
+    backend = wordpiece_backend(vocabulary, lowercase, strip_accents)
+    settings = {"do_lower_case": lowercase, "strip_accents": strip_accents}
+    return Tokenizer(backend, roles_by_name(vocabulary), settings)
+
+
+def _load_json(path: Path) -> Tokenizer:
+    try:
+        backend = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises a bare Exception for anything it cannot read
+        raise UserError(f"{path} is no tokenizer that can be read: {error}") from error
+    config_path = path.with_name(CONFIG_FILE)
+    config = _read_json(config_path) if config_path.exists() else {}
+    named = {
+        role: value if isinstance(value, str) else value["content"]
+        for role in Vocabulary.TOKENS
+        if (value := config.get(f"{role}_token"))
+    }
+    if not named:
+        named = roles_by_name(backend.get_vocab(with_added_tokens=True))
+    kept = ("do_lower_case", "strip_accents", "model_max_length", "model_input_names")
+    return Tokenizer(backend, named, {key: config[key] for key in kept if key in config})
+
+
+def _load_transformers(name: str) -> Tokenizer:
+    # Transformers takes seconds to import: only what no file here answers asks it.
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"no tokenizer {name!r}: it is neither a vocab.txt, nor a tokenizer.json, nor a folder "
+            f"or hub name that Transformers can load ({reason})"
+        ) from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"tokenizer {name!r} has no fast version, which encoding a corpus needs")
+    roles = {
+        role: str(token)
+        for role in Vocabulary.TOKENS
+        if (token := getattr(loaded, f"{role}_token", None)) is not None
+    }
+    return Tokenizer(backend, roles)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+
+
+def _rebuild(text: str, roles: dict[str, str], settings: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(library.Tokenizer.from_str(text), roles, settings)
+
+
+def _word_opening(content: Mapping[str, Any]):
+    """A function that says of a token whether it opens a word."""
+    model = content["model"]
+    if model["type"] == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        return lambda token: not token.startswith(prefix)
+    steps = {
+        step["type"] for part in ("pre_tokenizer", "decoder") for step in _steps(content[part])
+    }
+    if "ByteLevel" in steps:
+        return lambda token: token.startswith("Ġ")
+    if model["type"] == "Unigram" or "Metaspace" in steps:
+        return lambda token: token.startswith("▁")
+    return lambda token: True
+
+
+def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A pre-tokenizer or decoder, or the members of a sequence of them."""
+    if part is not None:
+        yield part
+        for name in ("pretokenizers", "decoders"):
+            for member in part.get(name, ()):
+                yield from _steps(member)
