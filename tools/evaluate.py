@@ -1,0 +1,145 @@
+"""Evaluates a model on a dataset under noise that is fixed once: loss, perplexity, accuracy.
+
+    python tools/evaluate.py runs/quickstart --baselines
+    python tools/evaluate.py bert-base-uncased --data-dir DATA --length 128 --rate 0.15
+
+MODEL is a workdir, a Hugging Face folder or a hub id. A workdir's own objective, layout, length
+and dataset are the defaults; other models are masked at 15 % in full rows of 128 tokens. The
+figures are the same at any batch size and on any number of devices.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.progress import track
+
+from flaxpretrain import program
+from flaxpretrain.config import dataset_folder, render
+from flaxpretrain.data.store import open_dataset
+from flaxpretrain.errors import UserError
+from flaxpretrain.evaluation.baselines import comparison
+from flaxpretrain.evaluation.fixed_masks import baselines, check_dataset, evaluate, settings_of
+from flaxpretrain.evaluation.subject import open_subject
+from flaxpretrain.training.sharding import make_mesh
+
+
+def parser() -> program.Parser:
+    """The arguments."""
+    parser = program.Parser(__doc__)
+    parser.add_argument("model", metavar="MODEL", help="a workdir, a folder or a hub id")
+    parser.add_argument("--data-dir", type=Path, help="dataset; none: that of the workdir's run")
+    parser.add_argument("--split", default="validation", help="of the dataset")
+    parser.add_argument(
+        "--rate", type=float, help="share of masked tokens; none: the run's, or 0.15"
+    )
+    parser.add_argument("--length", type=int, help="tokens a row; none: the run's last, or 128")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="rows at a time; changes no figure"
+    )
+    parser.add_argument("--max-rows", type=int, help="so many rows, picked by the seed; none: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and of the rows picked")
+    parser.add_argument("--step", type=int, help="of a workdir's checkpoint; none: the newest")
+    parser.add_argument(
+        "--compute", choices=("float32", "bfloat16"), default="float32", help="number format"
+    )
+    parser.add_argument("--fsdp", type=int, default=1, help="devices along the mesh's fsdp axis")
+    parser.add_argument("--tensor", type=int, default=1, help="devices along its tensor axis")
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also score unigram and bigram models of the train split at the same positions",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
+    return parser
+
+
+def check(arguments) -> None:
+    """Raises UserError on numbers that cannot be."""
+    for name in ("length", "batch_size", "max_rows", "fsdp", "tensor"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be positive; got {value}")
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates and prints."""
+    arguments = parser().parse_args(argv)
+    check(arguments)
+    subject = open_subject(arguments.model, arguments.step)
+    folder = arguments.data_dir
+    if folder is None and subject.workdir is not None and subject.trained:
+        folder = dataset_folder(subject.run, subject.workdir)
+    if folder is None:
+        raise UserError(f"--data-dir is needed: {arguments.model} does not say which dataset")
+    dataset = open_dataset(folder)
+    check_dataset(subject, dataset)
+    settings = settings_of(
+        subject,
+        split=arguments.split,
+        rate=arguments.rate,
+        length=arguments.length,
+        max_rows=arguments.max_rows,
+        seed=arguments.seed,
+    )
+    errors = Console(stderr=True)
+
+    def watch(batches: Iterable, count: int) -> Iterator:
+        shown = errors.is_terminal and not arguments.json
+        yield from track(batches, "evaluating", count, console=errors, disable=not shown)
+
+    started = time.monotonic()
+    mesh = make_mesh(-1, arguments.fsdp, arguments.tensor)
+    figures = evaluate(
+        subject,
+        dataset,
+        settings,
+        mesh,
+        arguments.batch_size,
+        compute=arguments.compute,
+        watch=watch,
+    )
+    result = {
+        "model": subject.name,
+        "step": subject.step,
+        "split": settings.split,
+        "rows": settings.rows(dataset),
+        "length": settings.length,
+        "seed": settings.seed,
+        "compute": arguments.compute,
+        "figures": figures,
+        "objective": render(settings.objective),
+    }
+    if arguments.baselines:
+        result["baselines"] = baselines(dataset, settings)._asdict()
+    result["seconds"] = time.monotonic() - started
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print_result(result)
+
+
+def print_result(result: dict) -> None:
+    """The same for a reader."""
+    step = "" if result["step"] is None else f", step {result['step']}"
+    print(
+        f"{result['model']}{step}: {result['rows']:,} rows of {result['length']} tokens of split "
+        f"{result['split']}, seed {result['seed']}, {result['compute']}"
+    )
+    width = max(map(len, result["figures"]))
+    for name, value in result["figures"].items():
+        print(f"  {name:<{width}}  {value:.4f}")
+    if "baselines" in result:
+        counted = result["baselines"]
+        loss = result["figures"]["loss"]
+        print(comparison(result["split"], loss, counted["unigram"], counted["bigram"]))
+        print(f"  {counted['positions']:,} masked positions")
+
+
+if __name__ == "__main__":
+    program.run(main)
