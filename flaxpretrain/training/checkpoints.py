@@ -34,6 +34,7 @@ INVENTORY = "files.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _DELETING = ".deleting"
 _DAMAGED = ".damaged"
+_ELSEWHERE = "another process could not read it"
 
 CLOCK_EVERY = 50
 """Steps after which the processes of a pod ask the first one's clock."""
@@ -312,8 +313,13 @@ class Checkpoints:
     def _readable(self, step: int | None) -> Iterator[Info]:
         """Checkpoints that may be read, newest first; at the end, an error that names all."""
         for candidate in reversed(self.steps()):
-            if step in (None, candidate) and (info := self._info(candidate)) is not None:
+            if step not in (None, candidate):
+                continue
+            info = self._info(candidate)
+            if _all_processes(info is not None) and info is not None:
                 yield info
+            elif info is not None:
+                self._mark_damaged(candidate, _ELSEWHERE)
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         reasons = "; ".join(f"{s} is damaged: {r}" for s, r in sorted(self._damaged.items()))
         raise UserError(f"{which} in {self.folder} can be read{': ' if reasons else ''}{reasons}")
@@ -331,7 +337,7 @@ class Checkpoints:
                 problem = str(damage)
             if _all_processes(not problem):
                 return result, dict(info.metadata), info.step
-            self._mark_damaged(info.step, problem or "another process could not read it")
+            self._mark_damaged(info.step, problem or _ELSEWHERE)
         raise AssertionError("unreachable: _readable ends with an error")
 
     def _load(self, info: Info, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
