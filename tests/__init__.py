@@ -1,0 +1,3 @@
+"""Tests, which mirror the rooms of the package."""
+
+from tests import typecheck as typecheck

@@ -16,7 +16,7 @@ os.environ.setdefault("NNX_GRAPH_UPDATES", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("flaxpretrain", "beartype.beartype")
+install_import_hook("flaxpretrain", "tests.typecheck.check")
 
 from pathlib import Path
 

@@ -12,3 +12,9 @@ some thousandths of the parameter, whose rounding is 1e-7 of itself."""
 
 ORTHOGONALISED_FLOAT32 = 1e-3
 """As before, for Muon: five Newton-Schulz iterations amplify rounding."""
+
+LOSS_REORDERED = 1e-5
+"""Relative difference of float32 losses over a few steps on another mesh or process count."""
+
+EVALUATION_ANYWHERE = 1e-6
+"""Relative difference of an evaluation's figures at another batch size or on other devices."""

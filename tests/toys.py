@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from flaxpretrain.config import Checkpoints, Data, Logging, Phase, Run
+from flaxpretrain.config import Checkpoints, Data, Logging, Mesh, Phase, Run
 from flaxpretrain.data.masking import TokenMasking
 from flaxpretrain.data.rows import Blocks
+from flaxpretrain.data.store_writer import write_dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.models.bert import BertConfig
 from flaxpretrain.objectives.masked_lm import MaskedLM
@@ -73,3 +74,29 @@ def batch(objective: MaskedLM, count: int, length: int, seed: int = 0) -> dict[s
     keys = np.random.default_rng(seed + 1).integers(0, 2**63, count).astype(np.uint64)
     capacity = length - framing.specials_per_piece
     return dict(framing.examples(rows(count, capacity, seed), keys, 0))
+
+
+def dataset(folder, documents: int = 60, seed: int = 0, vocabulary: Vocabulary = VOCABULARY):
+    """Writes a dataset of random documents whose tokens come in runs, so that they can be learnt.
+
+    Returns the folder.
+    """
+    generator = np.random.default_rng(seed)
+
+    def document() -> list[list[int]]:
+        sentences = []
+        for _ in range(generator.integers(1, 6)):
+            start = int(generator.integers(5, 250))
+            sentences.append([start + i for i in range(int(generator.integers(3, 20)))])
+        return sentences
+
+    write_dataset(
+        folder,
+        vocabulary,
+        {
+            "train": [document() for _ in range(documents)],
+            "validation": [document() for _ in range(documents // 4)],
+        },
+        fingerprint="toy",
+    )
+    return folder

@@ -20,8 +20,9 @@ from flaxpretrain.models.names import (
 )
 
 SHARDING = (
-    (r"embeddings/words$", ("tensor", "fsdp")),
-    (r"embeddings/(positions|types)$", (None, "fsdp")),
+    # Rows over both axes, as the vocabulary of the logits is; the small tables are on every device.
+    (r"embeddings/words$", (("tensor", "fsdp"), None)),
+    (r"embeddings/(positions|types)$", (None, None)),
     (r"layers/attention/(query|key|value)/kernel$", (None, "fsdp", "tensor", None)),
     (r"layers/attention/(query|key|value)/bias$", (None, "tensor", None)),
     (r"layers/attention/out/kernel$", (None, "tensor", None, "fsdp")),

@@ -4,7 +4,9 @@ The loop never waits for the device: the metrics of step n are read while step n
 """
 
 import dataclasses
+import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -347,7 +349,7 @@ def _run_phase(
 ) -> bool:
     """Runs the steps of a phase that are left; True when asked to stop."""
     assembly, (_, last) = session.assembly, borders
-    rows = sharding.process_rows(assembly.mesh, phase.batch_size)
+    rows = functools.partial(sharding.process_rows, assembly.mesh)
     step_function = assembly.train_step(phase)
     flops = assembly.flops_per_step(phase, session.dataset.vocabulary)
     batches = pipeline.iterate(session.step, last, rows)
@@ -398,11 +400,17 @@ def _log(
             f"step {step}: update skipped, loss {figures['loss']:.4g}, gradient norm "
             f"{figures['grad_norm']:.4g} ({figures['skipped_total']:.0f} skipped so far)"
         )
-    limit = None if guard is None else guard.max_consecutive
-    if limit is not None and (figures.get("skipped_in_a_row") or 0) >= limit:
+    if guard is None:
+        given_up = not math.isfinite(figures["loss"] or 0)
+    else:
+        given_up = (figures.get("skipped_in_a_row") or 0) >= guard.max_consecutive
+    if given_up:
         raise NotFinite(
-            f"the last {limit} updates were skipped, the last loss was {figures['loss']}: the "
-            f"newest checkpoint is from before them; lower the learning rate or look at the data"
+            f"step {step}: the loss is {figures['loss']}, the gradient norm "
+            f"{figures['grad_norm']}, and "
+            + ("no guard skips such updates" if guard is None else "so it was for "
+               f"{guard.max_consecutive} steps in a row")
+            + "; the newest checkpoint is older: lower the learning rate or look at the data"
         )
     if step % session.run.logging.every_steps == 0 or step == session.total_steps:
         rates = meter.rates()

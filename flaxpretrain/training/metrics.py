@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +16,7 @@ from flaxpretrain.errors import UserError
 Figures = Mapping[str, float | int | None]
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A place that figures are written to; another tracker needs these two methods."""
 

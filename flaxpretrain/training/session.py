@@ -107,8 +107,9 @@ def open_pipeline(run: Run, dataset: Dataset, phases: tuple[Phase, ...]) -> Pipe
         run.data.layout,
         lambda length: run.objective.framing(dataset.vocabulary, length),
         phases,
-        run.seeds,
-        run.data.duplication,
+        order_seed=run.seeds.order,
+        noise_seed=run.seeds.noise,
+        duplication=run.data.duplication,
     )
 
 

@@ -1,8 +1,9 @@
 """The train step and the evaluation step: pure functions of arrays, jitted once a shape.
 
-Each data-parallel group accumulates its gradients over the microbatches alone, and one sum over
-the `data` axis ends the step: left to the partitioner, every microbatch would pay for a reduction
-of all gradients. The fsdp and tensor axes stay with the partitioner.
+On a mesh that is data-parallel only, each device accumulates its gradients over the microbatches
+alone, and one sum over the `data` axis ends the step: left to the partitioner, every microbatch
+would pay for a reduction of all gradients. Meshes with fsdp or tensor axes are the partitioner's
+altogether: XLA's partial manual mode still aborts on gathers and scatters of sharded tables.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,11 +50,9 @@ def strided_microbatches(batch: Arrays, count: int) -> dict[str, Shaped[Array, "
 
     Blocks of consecutive rows would live on few devices each and cost twice the FLOPs.
     """
-    spec = P(None, "fsdp")
 
     def split(x: Array) -> Array:
-        rows = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(rows, spec)
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     return {name: split(x) for name, x in batch.items()}
 
@@ -80,6 +79,7 @@ def make_train_step(
     execution: Execution = Execution(),
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, StepMetrics]]:
     """`train_step(state, batch)`, to be jitted with the state donated."""
+    data_parallel_only = mesh.shape["data"] == mesh.size
 
     def local_sums(params: PyTree, batch: Arrays, key: Array, weights: Mapping[str, Array]):
         def scaled_loss(params: PyTree, micro: Arrays) -> tuple[Array, Sums]:
@@ -92,22 +92,30 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         micros = strided_microbatches(batch, microbatches)
+        if not data_parallel_only:
+            spec = P(None, ("data", "fsdp"))
+            micros = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), micros)
         first = jax.tree.map(lambda x: x[0], micros)
+        if microbatches == 1:
+            # No loop of one: XLA:TPU would inline it and then run the layers' backward loop twice.
+            return jax.grad(scaled_loss, has_aux=True)(params, first)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(jax.grad(scaled_loss, has_aux=True), params, first),
         )
         total, _ = jax.lax.scan(accumulate, zeros, micros)
-        return jax.lax.psum(total, "data")
+        return total
 
-    reduced_sums = jax.shard_map(
-        local_sums,
-        mesh=mesh,
-        in_specs=(P(), P("data"), P(), P()),
-        out_specs=P(),
-        axis_names={"data"},
-        check_vma=False,  # gradients stay unreduced on purpose until the one psum
-    )
+    def reduced_sums(*arguments: Any) -> tuple[PyTree, Sums]:
+        if not data_parallel_only:
+            return local_sums(*arguments)
+        return jax.shard_map(
+            lambda *local: jax.lax.psum(local_sums(*local), "data"),
+            mesh=mesh,
+            in_specs=(P(), P("data"), P(), P()),
+            out_specs=P(),
+            check_vma=False,  # gradients stay unreduced on purpose until the one psum
+        )(*arguments)
 
     def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -118,7 +126,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         figures = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.opt_state),
             "tokens": objective.tokens(batch),
         } | skip_figures(opt_state)
