@@ -120,7 +120,9 @@ def make_mesh(
             "tensor must fit inside one slice"
         )
     inside = (sizes[0] // slices, sizes[1], sizes[2])
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=types)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -76,6 +77,19 @@ def test_one_device_is_a_mesh_too():
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     with pytest.raises(UserError, match="does not fit 8 devices"):
         make_mesh(*sizes)
+
+
+@pytest.mark.tpu
+def test_on_two_tpu_slices_only_data_crosses_them(monkeypatch):
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2)
+    mesh = make_mesh(-1, 4, 2, topology.devices)
+    assert tuple(mesh.shape.values()) == (4, 4, 2)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match="mesh.data is 1, which is not divisible by the 2"):
+        make_mesh(1, 16, 2, topology.devices)
 
 
 # Rules.
