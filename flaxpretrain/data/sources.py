@@ -18,14 +18,14 @@ from flaxpretrain.errors import UserError
 BLOCK = 1 << 20
 """Bytes read at once."""
 
-LONGEST_DOCUMENT = 1 << 24
-"""UTF-8 bytes, roughly; a longer document is cut at a sentence's end, to bound memory.
+LONGEST_DOCUMENT = 1 << 22
+"""Characters; a longer document is cut at a sentence's end, to bound memory.
 
-No row is long enough to tell: it is some four million tokens.
+No row is long enough to tell: it is about a million tokens.
 """
 
-LONGEST_LINE = 1 << 26
-"""Characters; a longer line is no text, or text that should have been cut."""
+LONGEST_LINE = 1 << 24
+"""Bytes; a longer line is no text, or text that should have been cut."""
 
 FORMATS = ("sentences", "lines", "files")
 SUFFIX_GZIP = ".gz"

@@ -3,6 +3,7 @@
 Nothing here depends on how the text was read: the borders of shards follow from the tokens alone.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -99,7 +100,9 @@ class ShardWriter:
     def abandon(self) -> None:
         """Closes the files of a shard that will not be finished."""
         for file in self._files.values():
-            file.close()
+            # Closing writes what is buffered: on a full disk it fails, for a shard given up.
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _write(self, part: str, values: np.ndarray) -> None:
         data = values.tobytes()

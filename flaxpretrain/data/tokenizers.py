@@ -23,6 +23,8 @@ from flaxpretrain.shapes import Bool, Int, Numpy
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+SENTENCES = 512
+"""Sentences encoded at once."""
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -117,8 +119,13 @@ class Tokenizer:
         Raises:
           UserError: a sentence turns into a special token and there is no unknown token.
         """
-        encodings = self._text_backend.encode_batch_fast(sentences, add_special_tokens=False)
-        ids_of_sentences = [encoding.ids for encoding in encodings]
+        encode = self._text_backend.encode_batch_fast
+        # Some at a time: an encoding takes a hundred bytes a token.
+        ids_of_sentences = [
+            encoding.ids
+            for first in range(0, len(sentences), SENTENCES)
+            for encoding in encode(sentences[first : first + SENTENCES], add_special_tokens=False)
+        ]
         lengths = np.fromiter(map(len, ids_of_sentences), np.int64, len(sentences))
         tokens = itertools.chain.from_iterable(ids_of_sentences)
         ids = np.fromiter(tokens, np.int32, int(lengths.sum()))

@@ -1,0 +1,58 @@
+"""What a dataset holds, in words: counts of each split, and what a row length would pad."""
+
+import numpy as np
+
+from flaxpretrain.data.rows import Blocks, Documents
+from flaxpretrain.data.store import Dataset
+from flaxpretrain.data.vocabulary import Vocabulary
+from flaxpretrain.errors import UserError
+
+
+def counts(dataset: Dataset) -> list[str]:
+    """A line for each split: documents, sentences, tokens, bytes, the share of unknown tokens.
+
+    No token is lost between text and store: rows are views of all of them.
+    """
+    lines = []
+    for name, split in dataset.splits.items():
+        unknown = dataset.metadata["splits"][name]["unknown"]
+        lines.append(
+            f"{name}: {split.documents:,} documents, {split.sentences:,} sentences, "
+            f"{split.bytes / 1e6:,.2f} MB of text; {split.tokens:,} tokens kept, 0 lost; "
+            f"{split.tokens / max(split.bytes, 1):.3f} tokens a byte, "
+            f"{unknown / max(split.tokens, 1):.3%} unknown"
+        )
+    return lines
+
+
+def specials_per_piece(vocabulary: Vocabulary) -> int:
+    """Special tokens that frame a piece of text: [CLS] and [SEP], or an end of text."""
+    if vocabulary.cls is not None and vocabulary.sep is not None:
+        return 2
+    return 0 if vocabulary.eos is None else 1
+
+
+def padding(dataset: Dataset, length: int) -> list[str]:
+    """A line for each way to make rows of this length: what part of the positions is padding.
+
+    Raises:
+      UserError: the length leaves no room for text.
+    """
+    specials = specials_per_piece(dataset.vocabulary)
+    if length <= specials:
+        raise UserError(
+            f"--max-seq-length {length} leaves no room beside {specials} special tokens"
+        )
+    split = dataset.split("train")
+    lines = []
+    for label, layout in (
+        ("blocks (concatenated and cut)", Blocks()),
+        ("documents packed, with segments", Documents()),
+    ):
+        plan = layout.plan(split, length, specials)
+        lines.append(f"{label}: {plan.rows_per_epoch:,} rows, {plan.padding_share:.2%} padding")
+    documents = np.diff(split.document_offsets)
+    rows = int((-(-documents // (length - specials))).sum())
+    alone = 1 - (split.tokens + specials * rows) / (rows * length)
+    lines.append(f"documents alone, for comparison: {rows:,} rows, {alone:.2%} padding")
+    return [f"rows of {length}, {line}" for line in lines]
