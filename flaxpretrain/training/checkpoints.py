@@ -85,11 +85,11 @@ class Checkpoints:
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What the newest readable checkpoint (or that of `step`) was saved with."""
-        return dict(next(self._readable(step)).metadata)
+        return dict(self._newest(step).metadata)
 
     def params_only(self) -> bool:
         """Whether the newest readable checkpoint has parameters but no optimizer state."""
-        return next(self._readable(None)).params_only
+        return self._newest(None).params_only
 
     def due(self, step: int) -> bool:
         """Whether the policy asks for a save now; to be asked once after every step."""
@@ -311,7 +311,7 @@ class Checkpoints:
         return self._infos.get(step)
 
     def _readable(self, step: int | None) -> Iterator[Info]:
-        """Checkpoints that may be read, newest first; at the end, an error that names all."""
+        """Checkpoints that look readable to all processes, newest first."""
         for candidate in reversed(self.steps()):
             if step not in (None, candidate):
                 continue
@@ -320,9 +320,16 @@ class Checkpoints:
                 yield info
             elif info is not None:
                 self._mark_damaged(candidate, _ELSEWHERE)
+
+    def _newest(self, step: int | None) -> Info:
+        for info in self._readable(step):
+            return info
+        raise self._none_readable(step)
+
+    def _none_readable(self, step: int | None) -> UserError:
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         reasons = "; ".join(f"{s} is damaged: {r}" for s, r in sorted(self._damaged.items()))
-        raise UserError(f"{which} in {self.folder} can be read{': ' if reasons else ''}{reasons}")
+        return UserError(f"{which} in {self.folder} can be read{': ' if reasons else ''}{reasons}")
 
     def _first_that_loads(
         self, load: Callable[[Info], Any], step: int | None
@@ -338,7 +345,7 @@ class Checkpoints:
             if _all_processes(not problem):
                 return result, dict(info.metadata), info.step
             self._mark_damaged(info.step, problem or _ELSEWHERE)
-        raise AssertionError("unreachable: _readable ends with an error")
+        raise self._none_readable(step)
 
     def _load(self, info: Info, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
         path = self._path(info.step)
