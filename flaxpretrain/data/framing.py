@@ -34,14 +34,17 @@ class Framing(abc.ABC):
     specials_per_piece: ClassVar[int] = 0
     """Special tokens that the framing adds to each piece of text: what a layout leaves room for."""
 
+    reads_word_starts: ClassVar[bool] = False
+    """Whether `examples` wants to know where words begin; reading that takes time."""
+
     @abc.abstractmethod
     def examples(self, rows: Batch, keys: Keys, step: int) -> dict[str, np.ndarray]:
         """The batch of `rows`, a pure function of its arguments and each row's alone.
 
         `rows` holds what `RowPlan.rows` gives: `ids` int32 [B, T], the pieces of a row back to back
-        without special tokens; `word_starts` bool [B, T]; `piece_lengths` int32 [B, G], where 0 is
-        no piece. A row without pieces is padding and weighs zero everywhere. `step` is for noise
-        whose rate follows a schedule.
+        without special tokens; `word_starts` bool [B, T], for a framing that `reads_word_starts`;
+        `piece_lengths` int32 [B, G], where 0 is no piece. A row without pieces is padding and
+        weighs zero everywhere. `step` is for noise whose rate follows a schedule.
         """
 
     @abc.abstractmethod

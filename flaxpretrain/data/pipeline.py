@@ -209,7 +209,7 @@ def _assemble(
     chunk = max(1, _TOKENS_AT_A_TIME // framing.length)
     for begin in range(0, batch_size, chunk):
         part = slice(begin, begin + chunk)
-        rows = plan.read(starts[part], piece_lengths[part])
+        rows = plan.read(starts[part], piece_lengths[part], word_starts=framing.reads_word_starts)
         for name, array in framing.examples(rows, keys[part], step).items():
             batch[name][part] = array
     return batch

@@ -48,29 +48,30 @@ class RowPlan(abc.ABC):
         """
 
     def read(
-        self, starts: Int[Numpy, "B G"], piece_lengths: Int[Numpy, "B G"]
+        self,
+        starts: Int[Numpy, "B G"],
+        piece_lengths: Int[Numpy, "B G"],
+        *,
+        word_starts: bool = True,
     ) -> dict[str, np.ndarray]:
         """The text of views, pieces back to back: what `Framing.examples` takes.
 
-        `ids` int32 and `word_starts` bool [B, T], zero beyond the text; `piece_lengths` int32
-        [B, G].
+        `ids` int32 and, if wanted, `word_starts` bool [B, T], zero beyond the text;
+        `piece_lengths` int32 [B, G].
         """
         shape = (len(starts), self.capacity)
         text = piece_lengths.sum(axis=1)
-        ids, word_starts = read_views(self.split, starts.ravel(), piece_lengths.ravel())
+        found = read_views(
+            self.split, starts.ravel(), piece_lengths.ravel(), word_starts=word_starts
+        )
         if (text == self.capacity).all():
-            ids, word_starts = ids.reshape(shape), word_starts.reshape(shape)
+            rows = {name: flat.reshape(shape) for name, flat in found.items()}
         else:
             inside = np.arange(self.capacity) < text[:, None]
-            flat_ids, flat_word_starts = ids, word_starts
-            ids, word_starts = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
-            ids[inside] = flat_ids
-            word_starts[inside] = flat_word_starts
-        return {
-            "ids": ids,
-            "word_starts": word_starts,
-            "piece_lengths": piece_lengths.astype(np.int32),
-        }
+            rows = {name: np.zeros(shape, flat.dtype) for name, flat in found.items()}
+            for name, flat in found.items():
+                rows[name][inside] = flat
+        return rows | {"piece_lengths": piece_lengths.astype(np.int32)}
 
     def rows(
         self, seed: int, epoch: Int[Numpy, " B"], index: Int[Numpy, " B"]

@@ -7,26 +7,30 @@ view would cost more than its tokens.
 import numpy as np
 
 from flaxpretrain.data.store import Shard, Split
-from flaxpretrain.shapes import Bool, Int, Numpy
+from flaxpretrain.shapes import Int, Numpy
 
 
 def read_views(
-    split: Split, starts: Int[Numpy, " N"], lengths: Int[Numpy, " N"]
-) -> tuple[Int[Numpy, " T"], Bool[Numpy, " T"]]:
-    """The ids (int32) and word starts of N views, one after another; a view may span shards.
+    split: Split,
+    starts: Int[Numpy, " N"],
+    lengths: Int[Numpy, " N"],
+    *,
+    word_starts: bool = True,
+) -> dict[str, np.ndarray]:
+    """`ids` (int32) and, if wanted, `word_starts` (bool) of N views, one after another.
+
+    A view may span shards.
 
     Raises:
         IndexError: a view leaves the stream.
     """
     starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     ends = starts + lengths
-    if len(starts) == 0:
-        return np.zeros(0, np.int32), np.zeros(0, np.bool_)
-    if starts.min() < 0 or ends.max() > split.tokens:
+    if len(starts) and (starts.min() < 0 or ends.max() > split.tokens):
         raise IndexError(f"a view leaves the {split.tokens} tokens of split {split.name!r}")
     shards = [shard for shard in split.shards if shard.stop > shard.start]
-    if len(shards) == 1:
-        return _read(shards, np.zeros(1, np.int64), _ranges(starts, lengths))
+    if len(shards) <= 1 or len(starts) == 0:
+        return _read(shards, [0] * len(shards), _ranges(starts, lengths), word_starts)
     stops = np.array([shard.stop for shard in shards])
     starts, lengths = _cut(starts, lengths, stops)
     targets = np.cumsum(lengths) - lengths
@@ -37,18 +41,20 @@ def read_views(
     borders = tokens_before[np.searchsorted(shard_of_view, np.arange(len(shards)))]
     shard_starts = np.array([shard.start for shard in shards])
     local = _ranges(starts - shard_starts[shard_of_view], lengths)
-    sorted_ids, sorted_word_starts = _read(shards, borders, local)
     target = _ranges(targets[order], lengths)
-    ids, word_starts = np.empty_like(sorted_ids), np.empty_like(sorted_word_starts)
-    ids[target] = sorted_ids
-    word_starts[target] = sorted_word_starts
-    return ids, word_starts
+    found = {}
+    for name, ordered in _read(shards, borders.tolist(), local, word_starts).items():
+        found[name] = np.empty_like(ordered)
+        found[name][target] = ordered
+    return found
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """range(start, start + length) of all views, end to end."""
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+    ranges = np.repeat(starts - (ends - lengths), lengths)
+    ranges += np.arange(len(ranges))
+    return ranges
 
 
 def _cut(
@@ -68,16 +74,22 @@ def _cut(
 
 
 def _read(
-    shards: list[Shard], borders: np.ndarray, local: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    shards: list[Shard], borders: list[int], local: np.ndarray, word_starts: bool
+) -> dict[str, np.ndarray]:
     """Ids and word starts at positions inside shards, those of shard i from borders[i] on."""
-    ids, octets = np.empty(len(local), np.int32), np.empty(len(local), np.uint8)
-    octet_of = local >> 3
-    ends = [*borders[1:].tolist(), len(local)]
-    for shard, begin, end in zip(shards, borders.tolist(), ends, strict=True):
-        if begin < end:
-            ids[begin:end] = shard.ids[local[begin:end]]
-            octets[begin:end] = shard.words[octet_of[begin:end]]
+    ids = np.empty(len(local), np.int32)
+    parts = [
+        (shard, slice(begin, end))
+        for shard, begin, end in zip(shards, borders, [*borders[1:], len(local)], strict=True)
+        if begin < end
+    ]
+    for shard, part in parts:
+        ids[part] = shard.ids[local[part]]
+    if not word_starts:
+        return {"ids": ids}
+    octets, octet_of = np.empty(len(local), np.uint8), local >> 3
+    for shard, part in parts:
+        octets[part] = shard.words[octet_of[part]]
     octets >>= (local & 7).astype(np.uint8)
     octets &= np.uint8(1)
-    return ids, octets.view(np.bool_)
+    return {"ids": ids, "word_starts": octets.view(np.bool_)}

@@ -28,7 +28,10 @@ def test_views_read_the_stream_wherever_its_shards_end(tmp_path, shard_bytes, lo
     random = np.random.default_rng(longest)
     lengths = random.integers(0, longest + 1, 50)
     starts = random.integers(0, split.tokens - longest + 1, 50)
-    ids, word_starts = read_views(split, starts, lengths)
+    found = read_views(split, starts, lengths)
+    ids, word_starts = found["ids"], found["word_starts"]
+    only_ids = read_views(split, starts, lengths, word_starts=False)
+    assert only_ids.keys() == {"ids"} and (only_ids["ids"] == ids).all()
     where = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
     assert ids.dtype == np.int32 and ids.tolist() == TEXT[where].tolist()
     first_of_document = np.isin(where, split.document_offsets)
