@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 
-from flaxpretrain.config import Checkpoints, Data, Logging, Mesh, Phase, Run
+from flaxpretrain.config import Checkpoints, Data, Logging, Phase, Run
 from flaxpretrain.data.masking import TokenMasking
-from flaxpretrain.data.rows import Blocks
+from flaxpretrain.data.rows import Blocks, Documents
 from flaxpretrain.data.store_writer import write_dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.models.bert import BertConfig
 from flaxpretrain.objectives.masked_lm import MaskedLM
+from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.optimizers import AdamW
 from flaxpretrain.training.schedules import WarmupLinear
 
@@ -52,6 +53,17 @@ def run(**changes) -> Run:
         logging=Logging(every_steps=1, tensorboard=False),
     )
     return Run(**(values | changes))
+
+
+def packed_run(folder: str, steps: int = 12, **changes) -> Run:
+    """Documents packed into rows of 32; saved every 4 steps."""
+    values = dict(
+        data=Data(layout=Documents(), folder=folder),
+        phases=(Phase(steps=steps, length=32, batch_size=8),),
+        checkpoints=Checkpoints(every_steps=4, keep_last=2),
+        guard=Guard(),
+    )
+    return run(**(values | changes))
 
 
 def rows(count: int, capacity: int, seed: int = 0, shortest: int = 1) -> dict[str, np.ndarray]:
