@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     vocabulary = tokenizer.vocabulary
     print(f"tokenizer {arguments.output_dir}: {vocabulary.size:,} ids of {arguments.vocab_size:,}")
     print("special: " + ", ".join(f"{role} {token}" for role, token in tokenizer.roles.items()))
-    sample = next((text for text in Sentences(sources, lambda count: None) if len(text) > 40), "")
+    sample = next(iter(Sentences(sources, lambda count: None)))
     print("sample: " + " ".join(tokenizer.backend.encode(sample[:200]).tokens))
 
 

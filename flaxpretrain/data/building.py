@@ -108,8 +108,11 @@ def build(
         return open_dataset(output)
     with _disk_errors(output), builder.locked():
         builder.resume_or_start(notify)
-        builder.encode(num_processes, progress)
-        builder.finish()
+        try:
+            builder.encode(num_processes, progress)
+            builder.finish()
+        finally:
+            builder.abandon()
     return open_dataset(output)
 
 
@@ -249,24 +252,19 @@ class _Builder:
             self.tokenizer, self.dtype, settings.validation_share, settings.seed, self.done
         )
         unchecked = dict(self.marks)
-        try:
-            read = chunks(self.sources, settings.limit)
-            for chunk in encode_all(encoder, read, num_processes):
-                self._check(chunk, unchecked)
-                for split, encoded in chunk.splits.items():
-                    arrays = {
-                        field.name: getattr(encoded, field.name)
-                        for field in dataclasses.fields(encoded)
-                    }
-                    numbers = arrays.pop("numbers")
-                    for count in self.writers[split].append(**arrays):
-                        self._mark(split, chunk, int(numbers[count - 1]) + 1)
-                self.text.add(chunk)
-                progress(chunk.bytes_read)
-        except BaseException:
-            for writer in self.writers.values():
-                writer.abandon()
-            raise
+        read = chunks(self.sources, settings.limit)
+        for chunk in encode_all(encoder, read, num_processes):
+            self._check(chunk, unchecked)
+            for split, encoded in chunk.splits.items():
+                arrays = {
+                    field.name: getattr(encoded, field.name)
+                    for field in dataclasses.fields(encoded)
+                }
+                numbers = arrays.pop("numbers")
+                for count in self.writers[split].append(**arrays):
+                    self._mark(split, chunk, int(numbers[count - 1]) + 1)
+            self.text.add(chunk)
+            progress(chunk.bytes_read)
         if unchecked:
             raise self._changed()
 
@@ -304,6 +302,11 @@ class _Builder:
         os.rename(self.folder, self.output)
         flush_folder(self.output.parent)
         remove_folder(self.partial)
+
+    def abandon(self) -> None:
+        """Lets go of shards that an error left open; without one there are none."""
+        for writer in self.writers.values():
+            writer.abandon()
 
     def _mark(self, split: str, chunk: EncodedChunk, documents: int) -> None:
         """Notes that the finished shards hold this split's part of the first `documents` ones."""
@@ -385,6 +388,6 @@ def _disk_errors(output: Path) -> Iterator[None]:
                 f"no space is left on the disk of {output}: free some and run the command again, "
                 "it goes on after the last finished shard"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise UserError(f"cannot write {output}: {error.strerror}") from error
         raise

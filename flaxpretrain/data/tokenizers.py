@@ -218,6 +218,8 @@ def load(
         return _load_json(path)
     if path.is_dir() and (path / TOKENIZER_FILE).exists():
         return _load_json(path / TOKENIZER_FILE)
+    if path.suffix in (".txt", ".json") or path.is_absolute() and not path.exists():
+        raise UserError(f"there is no tokenizer {name}: no such file or folder")
     return _load_transformers(str(name))
 
 

@@ -196,8 +196,11 @@ def test_bad_vocabularies_are_named(tmp_path):
 
 
 def test_what_cannot_be_found_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        tokenizers.load(tmp_path / "nowhere")
+    for name in (tmp_path / "nowhere", "nowhere.txt", "nowhere/tokenizer.json"):
+        with pytest.raises(UserError, match="no tokenizer .*nowhere.*: no such file"):
+            tokenizers.load(name)
+    with pytest.raises(UserError, match="no tokenizer 'nobody/nothing'"):
+        tokenizers.load("nobody/nothing")
 
 
 def test_options_that_do_not_apply_are_refused(wordpiece, tmp_path):
