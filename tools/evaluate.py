@@ -3,9 +3,10 @@
     python tools/evaluate.py runs/quickstart --baselines
     python tools/evaluate.py bert-base-uncased --data-dir DATA --length 128 --rate 0.15
 
-MODEL is a workdir, a Hugging Face folder or a hub id. A workdir's own objective, layout, length
-and dataset are the defaults; other models are masked at 15 % in full rows of 128 tokens. The
-figures are the same at any batch size and on any number of devices.
+MODEL is a workdir, a Hugging Face folder or a hub id. A workdir is evaluated on its own dataset
+as its run evaluates itself, so that the figures agree; other models are masked at 15 % in full
+rows of 128 tokens, or of what they take. The figures are the same at any batch size and on any
+number of devices.
 """
 
 import json
@@ -42,8 +43,12 @@ def parser() -> program.Parser:
     parser.add_argument(
         "--batch-size", type=int, default=64, help="rows at a time; changes no figure"
     )
-    parser.add_argument("--max-rows", type=int, help="so many rows, picked by the seed; none: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and of the rows picked")
+    parser.add_argument(
+        "--max-rows", type=int, help="so many rows, picked by the seed; none: the run's, or all"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of the noise and of the rows picked; none: the run's, or 0"
+    )
     parser.add_argument("--step", type=int, help="of a workdir's checkpoint; none: the newest")
     parser.add_argument(
         "--compute", choices=("float32", "bfloat16"), default="float32", help="number format"

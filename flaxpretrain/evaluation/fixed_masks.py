@@ -25,7 +25,7 @@ from flaxpretrain.objectives.objective import Objective, perplexity
 from flaxpretrain.shapes import Batch
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import attention_backend
-from flaxpretrain.training.evaluate import fixed_noise_pass
+from flaxpretrain.training.evaluate import FixedNoise, fixed_noise_pass
 from flaxpretrain.training.state import TrainState
 from flaxpretrain.training.step import make_eval_step
 
@@ -73,15 +73,23 @@ def settings_of(
     rate: float | None = None,
     length: int | None = None,
     max_rows: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> FixedMasks:
-    """A subject's own objective, layout and length (that of the last phase), with changes.
+    """How a subject's own run evaluates a split, with changes.
+
+    Where the run has no `FixedNoise` on the split, its objective, the length of its last phase,
+    all rows and seed 0.
 
     Raises:
         UserError: a rate for an objective without token masks, or a length that the model lacks.
     """
     run = subject.run
-    objective, length = run.objective, length or run.phases[-1].length
+    own = next(
+        (e for e in run.evaluations if isinstance(e, FixedNoise) and e.split == split),
+        FixedNoise(batch_size=1),
+    )
+    objective = own.objective or run.objective
+    length = length or own.length or run.phases[-1].length
     longest = getattr(run.model, "max_length", None)
     if longest is not None and length > longest:
         raise UserError(f"--length {length}: {subject.name} has positions for {longest} tokens")
@@ -96,8 +104,8 @@ def settings_of(
         layout=run.data.layout,
         length=length,
         split=split,
-        max_rows=max_rows,
-        seed=seed,
+        max_rows=max_rows or own.max_rows,
+        seed=own.seed if seed is None else seed,
     )
 
 
