@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from flaxpretrain.config import Checkpoints, Data, Logging, Phase, Run
+from flaxpretrain.data import tokenizers
 from flaxpretrain.data.masking import TokenMasking
 from flaxpretrain.data.rows import Blocks, Documents
 from flaxpretrain.data.store_writer import write_dataset
@@ -88,11 +89,23 @@ def batch(objective: MaskedLM, count: int, length: int, seed: int = 0) -> dict[s
     return dict(framing.examples(rows(count, capacity, seed), keys, 0))
 
 
+def tokenizer(folder):
+    """A WordPiece tokenizer of `VOCABULARY`, written to a folder; its tokens are w5, w6, ..."""
+    folder.mkdir(parents=True)
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [f"w{i}" for i in range(len(specials), VOCABULARY.size)]
+    (folder / "vocab.txt").write_text("\n".join(specials + words) + "\n")
+    loaded = tokenizers.load(folder / "vocab.txt")
+    loaded.save(folder)
+    return loaded
+
+
 def dataset(folder, documents: int = 60, seed: int = 0, vocabulary: Vocabulary = VOCABULARY):
     """Writes a dataset of random documents whose tokens come in runs, so that they can be learnt.
 
     Returns the folder.
     """
+    made = tokenizer(folder / "tokenizer")
     generator = np.random.default_rng(seed)
 
     def document() -> list[list[int]]:
@@ -109,6 +122,6 @@ def dataset(folder, documents: int = 60, seed: int = 0, vocabulary: Vocabulary =
             "train": [document() for _ in range(documents)],
             "validation": [document() for _ in range(documents // 4)],
         },
-        fingerprint="toy",
+        fingerprint=made.fingerprint,
     )
     return folder
