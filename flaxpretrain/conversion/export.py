@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from flaxpretrain.conversion import check
 from flaxpretrain.conversion.card import Facts, model_card
-from flaxpretrain.conversion.folders import CONFIG_FILE, copy_tokenizer, adapt_tokenizer
+from flaxpretrain.conversion.folders import CONFIG_FILE, adapt_tokenizer, copy_tokenizer
 from flaxpretrain.conversion.tensors import MAX_SHARD_BYTES, read_json, write_tensors
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.functional import model_of

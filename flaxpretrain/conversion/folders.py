@@ -86,7 +86,7 @@ def adapt_tokenizer(folder: Path, length: int) -> None:
     # Transformers writes a huge number where it knows no limit.
     if not isinstance(stated, int) or stated > length:
         values["model_max_length"] = length
-    if values.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
+    if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")

@@ -98,8 +98,8 @@ def _one_line(doing: str) -> Iterator[None]:
         raise UserError(
             f"{doing}: {constants.ENDPOINT} cannot be reached ({error}); look at the network"
         ) from error
-    except OSError as error:
-        raise UserError(f"{doing}: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a card that the hub refuses
+        raise UserError(f"{doing}: {' '.join(str(error).split())}") from error
 
 
 def _reason(error: HfHubHTTPError) -> str:

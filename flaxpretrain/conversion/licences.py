@@ -23,6 +23,17 @@ HUB_LICENCES = frozenset(
 )
 """Identifiers that the hub takes in a card's metadata; those of single model families left out."""
 
+_SPELLINGS = (
+    (r"^the-|-licen[cs]e(?=-|$)|-(international|unported)$", ""),
+    (r"^creative-commons-", "cc-"),
+    (r"^cc-zero|^cc-0", "cc0"),
+    (r"-attribution", "-by"),
+    (r"-share-?alike", "-sa"),
+    (r"-non-?commercial", "-nc"),
+    (r"-no-?deriv\w*", "-nd"),
+)
+"""How corpora spell what the hub abbreviates."""
+
 _LINKS = {
     "public-domain": "https://creativecommons.org/publicdomain/mark/1.0/",
     "psf-2.0": "https://docs.python.org/3/license.html",
@@ -38,7 +49,8 @@ def licence_fields(licence: str | None) -> dict[str, str]:
     if not licence:
         return {"license": "unknown"}
     name = re.sub(r"[^a-z0-9.+]+", "-", licence.lower()).strip("-.")
-    name = re.sub(r"^creative-commons-|^the-|-licen[cs]e$", "", name)
+    for pattern, shorter in _SPELLINGS:
+        name = re.sub(pattern, shorter, name)
     if name in HUB_LICENCES:
         return {"license": name}
     link = re.search(r"https?://\S+", licence)

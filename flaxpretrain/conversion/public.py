@@ -34,8 +34,8 @@ def public_command(command: str) -> str:
 
 
 def _public_word(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return f"{flag}{equals}{public_path(value)}" if equals else public_path(word)
+    """Each side of every `=`, as in `--set=data.folder=PATH`."""
+    return "=".join(public_path(part) for part in word.split("="))
 
 
 def public_path(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Models of PyTorch Transformers with random weights, and tokenizers, for the tests of this room."""
+"""Random models of PyTorch Transformers, and tokenizers, for the tests of this room."""
 
 from pathlib import Path
 
@@ -60,6 +60,9 @@ def original(class_name: str, seed: int = 0, extra: dict | None = None, **option
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1, generator=generator)
+        # Untied, Transformers computes with the decoder's bias and ignores the other one.
+        for head in (m for m in model.modules() if hasattr(m, "decoder") and hasattr(m, "bias")):
+            head.bias.copy_(head.decoder.bias)
     return model
 
 

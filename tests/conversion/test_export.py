@@ -1,0 +1,161 @@
+"""What an export writes, refuses and proves."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from flaxpretrain.conversion import check
+from flaxpretrain.conversion.card import Facts
+from flaxpretrain.conversion.export import export
+from flaxpretrain.errors import UserError
+from tests.conversion.originals import WORDS, outputs, tokenizer
+from tests.tolerances import LOGITS_FLOAT32
+
+torch = pytest.importorskip("torch", reason="makes the originals with PyTorch Transformers")
+pytestmark = pytest.mark.hf
+ROOT = Path(__file__).parent.parent.parent
+FACTS = Facts(name="toy")
+
+
+def exported(checkpoint, output, **options):
+    config, params = checkpoint.part(None)
+    return export(config, params, checkpoint.tokenizer, output, FACTS, **options)
+
+
+def test_auto_classes_load_it_without_a_word(checkpoint, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    made = exported(checkpoint, tmp_path / "hf", compare=False)
+    assert made.difference is None
+    model, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # A tied decoder is not stored twice.
+    assert not [name for name in model.state_dict() if "decoder.weight" in name] == []
+    names = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert names["tie_word_embeddings"] is True
+    assert "decoder" not in " ".join(_stored(tmp_path / "hf"))
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def _stored(folder):
+    import safetensors
+
+    with safetensors.safe_open(folder / "model.safetensors", framework="np") as file:
+        return list(file.keys())
+
+
+def test_shards_load_as_one_file_does(checkpoint, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    made = exported(checkpoint, tmp_path / "shards", max_shard_bytes=20_000)
+    assert len(made.files) > 3 and made.files[-1] == "model.safetensors.index.json"
+    assert made.difference <= LOGITS_FLOAT32
+    exported(checkpoint, tmp_path / "whole")
+    split, whole = (
+        AutoModelForMaskedLM.from_pretrained(tmp_path / name).eval() for name in ("shards", "whole")
+    )
+    np.testing.assert_array_equal(outputs(split)["logits"], outputs(whole)["logits"])
+
+
+def test_the_exported_tokenizer_gives_the_ids_of_the_datasets(checkpoint, tmp_path):
+    from transformers import AutoTokenizer
+
+    exported(checkpoint, tmp_path / "hf", compare=False)
+    mine = Tokenizer.from_file(str(checkpoint.tokenizer / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        text = " ".join(generator.choice(WORDS, 9)) + " Strange, WORDS! [MASK]"
+        assert theirs(text).input_ids == mine.encode(text).ids
+    assert theirs.model_max_length == checkpoint.part(None)[0].max_length
+    assert theirs.mask_token_id == mine.token_to_id("[MASK]")
+
+
+def test_it_reports_what_it_did(checkpoint, tmp_path):
+    lines = "\n".join(exported(checkpoint, tmp_path / "hf").lines())
+    assert "42 tensors, 12,595 parameters, 0.1 MB in model.safetensors" in lines
+    assert "within" in lines and "the limit is 2e-05" in lines
+
+
+def test_existing_output_is_refused_unless_asked(checkpoint, tmp_path):
+    exported(checkpoint, tmp_path / "hf", compare=False)
+    (tmp_path / "hf" / "old-file").touch()
+    with pytest.raises(UserError, match="exists: choose another output folder, or say --overwrite"):
+        exported(checkpoint, tmp_path / "hf", compare=False)
+    exported(checkpoint, tmp_path / "hf", compare=False, overwrite=True)
+    assert not (tmp_path / "hf" / "old-file").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_folder_of_something_else_is_never_overwritten(checkpoint, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(UserError, match="holds no exported model, so it is not overwritten"):
+        exported(checkpoint, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_outputs_that_differ_leave_nothing_behind(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "maximum_difference", lambda *_: 0.5)
+    with pytest.raises(UserError, match="outputs differ by 0.5, more than 2e-05"):
+        exported(checkpoint, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_comparison_notices_wrong_weights(checkpoint, tmp_path):
+    config, params = checkpoint.part(None)
+    exported(checkpoint, tmp_path / "hf")
+    spoilt = {**params, "mlm_head": {**params["mlm_head"], "bias": params["mlm_head"]["bias"] + 1}}
+    assert check.maximum_difference(tmp_path / "hf", config, spoilt) > 0.5
+    nan = {
+        **params,
+        "mlm_head": {**params["mlm_head"], "bias": params["mlm_head"]["bias"] * np.nan},
+    }
+    assert check.maximum_difference(tmp_path / "hf", config, nan) == float("inf")
+    other = dataclasses.replace(config, layer_norm_eps=1e-2)
+    assert check.maximum_difference(tmp_path / "hf", other, params) > LOGITS_FLOAT32
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(checkpoint, tmp_path):
+    config, params = checkpoint.part(None)
+    big = tokenizer(tmp_path / "tokenizer", config.vocab_size + 1)
+    with pytest.raises(UserError, match="the tokenizer has 84 tokens, but the model only 83"):
+        export(config, params, big, tmp_path / "hf", FACTS)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        export(config, params, tmp_path, tmp_path / "hf", FACTS)
+
+
+def test_an_output_that_cannot_be_written(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        exported(checkpoint, tmp_path / "file" / "hf")
+
+
+def test_export_needs_no_torch(checkpoint, tmp_path):
+    """The whole program runs where `import torch` fails, and says what it could not compare."""
+    code = (
+        "import sys, runpy\n"
+        "sys.modules['torch'] = None\n"
+        f"sys.argv = ['convert_checkpoint.py', 'to-hf', {str(checkpoint.workdir)!r}, "
+        f"'--output-dir', {str(tmp_path / 'hf')!r}]\n"
+        "runpy.run_path('tools/convert_checkpoint.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "outputs not compared with Transformers: that needs torch" in done.stdout
+    config, params = checkpoint.part(None)
+    assert check.maximum_difference(tmp_path / "hf", config, params) <= LOGITS_FLOAT32
