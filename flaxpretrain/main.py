@@ -82,7 +82,9 @@ def main(argv: list[str]) -> int:
         source = arguments.init_from
 
         def initial(run: Run):
-            return weights_from(source, run, say=lambda text: print(text, file=sys.stderr))
+            return weights_from(
+                source, run, say=lambda text: print(text, file=sys.stderr), workdir=workdir
+            )
 
     command = "python run_pretraining.py " + shlex.join(_public(argv))
     try:

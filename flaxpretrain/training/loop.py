@@ -98,7 +98,7 @@ def train(
         )
         if first_process:
             write_json(workdir / CONFIG, render(run))
-            write_json(workdir / "run.json", facts(run, dataset, mesh))
+            write_json(workdir / "run.json", facts(run, dataset, mesh) | {"command": command})
         writers: list[Writer] = [terminal]
         if first_process:
             writers.append(JsonLines(workdir / METRICS, step))
@@ -427,6 +427,8 @@ def _evaluate(session: Session, writers: list[Writer], at_end: bool = False) -> 
         if not at_end and not _due(evaluation.every_steps, session.step):
             continue
         figures = evaluation.run(session)
+        if not figures:
+            continue  # a push to the hub, say
         named: Figures = {f"{evaluation.name}/{n}": v for n, v in figures.items()}
         session.figures |= {n: v for n, v in named.items() if v is not None}
         text = ", ".join(f"{n} {v:.4f}" for n, v in named.items() if v is not None)
