@@ -9,20 +9,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.functional import ATTENTION_CONTEXT, executing, execution
-from flaxpretrain.models.layers import dropout, trailing, truncated_normal, zeros
+from flaxpretrain.models.layers import dropout, lean, trailing, truncated_normal, zeros
 
 NEVER = -1e30
 """Score of a pair of tokens that may not look at each other: finite, so no row becomes NaN."""
 
+SPLASH_BLOCK = 128
+"""Splash attention works on blocks of a multiple of this many tokens; shorter rows are padded."""
 
-def same_segment(segment_ids: Int[Array, "B L"]) -> Array:
-    """Which tokens may attend which, [B, 1, L, L]: those of the same segment.
 
-    Padding (segment 0) attends padding, so every softmax has something to sum over.
+def same_segment(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
+    """Which token may attend which: those of the same segment.
+
+    Padding (segment 0) attends padding, so that every softmax has something to sum over.
     """
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
@@ -32,16 +36,84 @@ def xla_attention(
     key: Float[Array, "B H L K"],
     value: Float[Array, "B H L K"],
     segment_ids: Int[Array, "B L"],
-    *,
     rate: float = 0.0,
     keys: Key[Array, "B"] | None = None,
 ) -> Float[Array, "B H L K"]:
-    """Softmax attention in plain XLA, the softmax in float32; the only one with dropout."""
-    scores = jnp.einsum("BHLK,BHSK->BHLS", query, key).astype(jnp.float32)
-    scores = jnp.where(same_segment(segment_ids), scores, NEVER)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = dropout(weights, rate, keys)
-    return jnp.einsum("BHLS,BHSK->BHLK", weights, value)
+    """Softmax attention in plain XLA, the softmax in float32; the only one with dropout.
+
+    As with the flash kernels, the backward pass finds query, key and value saved and nothing else.
+    """
+
+    def context(query: Array, key: Array, value: Array) -> Array:
+        scores = jnp.einsum("BHLK,BHSK->BHLS", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(same_segment(segment_ids), scores, NEVER)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("BHLS,BHSK->BHLK", dropout(weights, rate, keys), value)
+
+    return lean(context)(query, key, value)
+
+
+def splash_attention(
+    query: Float[Array, "B H L K"],
+    key: Float[Array, "B H L K"],
+    value: Float[Array, "B H L K"],
+    segment_ids: Int[Array, "B L"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B H L K"]:
+    """The flash kernel of TPUs.
+
+    Reference: jax/experimental/pallas/ops/tpu/splash_attention; https://arxiv.org/abs/2205.14135.
+    """
+    # Imported here: Pallas takes a second to load, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length = query.shape[2]
+    padded = -(-length // SPLASH_BLOCK) * SPLASH_BLOCK
+    if padded > length:
+        after = (0, padded - length)
+        query, key, value = (
+            jnp.pad(x, ((0, 0), (0, 0), after, (0, 0))) for x in (query, key, value)
+        )
+        segment_ids = jnp.pad(segment_ids, ((0, 0), after))
+    block = math.gcd(padded, 4 * SPLASH_BLOCK)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((padded, padded))] * query.shape[1]),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION_CONTEXT,
+        interpret=interpret,
+    )
+
+    def row(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+        return kernel(query, key, value, splash.SegmentIds(segment_ids, segment_ids))
+
+    return jax.vmap(row)(query, key, value, segment_ids)[:, :, :length]
+
+
+def cudnn_attention(
+    query: Float[Array, "B L H K"],
+    key: Float[Array, "B L H K"],
+    value: Float[Array, "B L H K"],
+    segment_ids: Int[Array, "B L"],
+) -> Float[Array, "B L H K"]:
+    """The flash kernel of NVIDIA's cuDNN; raises UserError for numbers of other than 16 bits."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise UserError(
+            f"attention: 'cudnn' computes in bfloat16, not {query.dtype}; "
+            "set precision.compute to bfloat16 or attention to xla"
+        )
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=same_segment(segment_ids), scale=1.0, implementation="cudnn"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +121,19 @@ class Backend:
     """A way to compute attention.
 
     layout: order in which it takes and returns query, key and value, in einsum letters.
+    per_device: a kernel that XLA cannot partition, to be run on each device's own rows and heads.
     """
 
-    layout: str
     function: Callable[..., Array]
+    layout: str
     has_dropout: bool = False
+    per_device: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend("BHLK", xla_attention, has_dropout=True),
+    "xla": Backend(xla_attention, "BHLK", has_dropout=True),
+    "splash": Backend(splash_attention, "BHLK", per_device=True),
+    "cudnn": Backend(cudnn_attention, "BLHK", per_device=True),
 }
 
 
@@ -67,10 +143,37 @@ def backend(name: str) -> Iterator[None]:
 
     A backend is never guessed from the machine: a program may be compiled for another one.
     """
-    if name not in BACKENDS:
-        raise UserError(f"attention: expected one of {', '.join(BACKENDS)}; got {name!r}")
     with executing(dataclasses.replace(execution(), attention=name)):
         yield
+
+
+def chosen_backend() -> tuple[str, Backend]:
+    """The backend of the surrounding `executing` block; raises UserError for an unknown one."""
+    name = execution().attention
+    if name not in BACKENDS:
+        raise UserError(f"attention: expected one of {', '.join(BACKENDS)}; got {name!r}")
+    return name, BACKENDS[name]
+
+
+def on_each_device(function: Callable[..., Array], layout: str) -> Callable[..., Array]:
+    """Maps an attention kernel over the axes of the surrounding mesh that are still automatic.
+
+    Rows lie over `data` and `fsdp`, heads over `tensor`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+    if not free:
+        return function
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
+    axes = {"B": rows, "H": "tensor" if "tensor" in free else None}
+    spec = PartitionSpec(*(axes.get(letter) for letter in layout))
+    return jax.shard_map(
+        function,
+        in_specs=(spec, spec, spec, PartitionSpec(rows)),
+        out_specs=spec,
+        axis_names=set(free),
+        check_vma=False,
+    )
 
 
 def attend(
@@ -79,24 +182,26 @@ def attend(
     value: Float[Array, "B ..."],
     segment_ids: Int[Array, "B L"],
     *,
-    backend: str,
     rate: float = 0.0,
     keys: Key[Array, "B"] | None = None,
 ) -> Float[Array, "B ..."]:
     """Each token's mean of the values of its own segment, weighted by a softmax.
 
-    Arrays are in the backend's layout; the query is already scaled. Raises UserError where
-    dropout is asked of a backend without it.
+    Arrays are in the layout of `chosen_backend()`; the query is already scaled. Raises UserError
+    where dropout is asked of a backend without it.
     """
-    chosen = BACKENDS[backend]
+    name, chosen = chosen_backend()
     if keys is None or rate == 0.0:
-        context = chosen.function(query, key, value, segment_ids)
+        function = chosen.function
+        if chosen.per_device:
+            function = on_each_device(function, chosen.layout)
+        context = function(query, key, value, segment_ids)
     elif chosen.has_dropout:
-        context = chosen.function(query, key, value, segment_ids, rate=rate, keys=keys)
+        context = chosen.function(query, key, value, segment_ids, rate, keys)
     else:
         raise UserError(
-            f"attention_probs_dropout_prob: the {backend!r} attention has no dropout; "
-            f"set it to 0 (got {rate}) or choose attention='xla'"
+            f"attention_probs_dropout_prob: {name!r} attention has no dropout; set it to 0.0 "
+            f"(got {rate}) or set attention to xla"
         )
     return checkpoint_name(context, ATTENTION_CONTEXT)
 
@@ -140,25 +245,18 @@ class SelfAttention(nnx.Module):
         keys: Key[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """The attended and projected rows; dropout on the attention weights only."""
-        name = execution().attention
-        layout = BACKENDS[name].layout
+        layout = chosen_backend()[1].layout
         query, key, value = self.project(x, layout)
-        query = query / math.sqrt(query.shape[-1])
-        context = attend(
-            query, key, value, segment_ids, backend=name, rate=self.dropout_rate, keys=keys
-        )
+        context = attend(query, key, value, segment_ids, rate=self.dropout_rate, keys=keys)
         y = jnp.einsum(f"{layout},HKD->BLD", context, self.out.kernel[...])
         return y + trailing(self.out.bias[...], y)
 
-    def project(self, x: Float[Array, "B L D"], layout: str) -> list[Array]:
-        """Query, key and value by one matrix product, each in the given layout."""
-        parts = (self.query, self.key, self.value)
-        kernel = jnp.stack([part.kernel[...] for part in parts])
-        fused = jnp.einsum(f"BLD,SDHK->S{layout}", x, kernel)
-        return [y + _placed(part.bias[...], layout) for y, part in zip(fused, parts, strict=True)]
-
-
-def _placed(bias: Float[Array, "H K"], layout: str) -> Array:
-    """A bias of heads with size 1 for the axes of the layout that it lacks."""
-    heads, size = bias.shape
-    return bias.reshape(*({"H": heads, "K": size}.get(letter, 1) for letter in layout))
+    def project(self, x: Float[Array, "B L D"], layout: str) -> Float[Array, "3 ..."]:
+        """Scaled query, key and value by one matrix product, straight in the given layout."""
+        scale = 1.0 / math.sqrt(self.query.kernel.shape[-1])
+        query_kernel, query_bias = self.query.kernel[...] * scale, self.query.bias[...] * scale
+        kernel = jnp.stack([query_kernel, self.key.kernel[...], self.value.kernel[...]])
+        bias = jnp.stack([query_bias, self.key.bias[...], self.value.bias[...]])
+        y = jnp.einsum(f"BLD,SDHK->S{layout}", x, kernel)
+        without = [i + 1 for i, letter in enumerate(layout) if letter in "BL"]
+        return y + jnp.expand_dims(bias, without)

@@ -18,6 +18,7 @@ from flaxpretrain.models.layers import (
     LayerNorm,
     activation,
     dropout,
+    lean,
     take,
     trailing,
     truncated_normal,
@@ -81,7 +82,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """`down(activation(up(x)))`."""
-        return self.down(activation(self.hidden_act)(self.up(x)))
+        act = activation(self.hidden_act)
+        return lean(lambda y: self.down(act(y)))(self.up(x))
 
 
 class EncoderLayer(nnx.Module):

@@ -30,6 +30,15 @@ def trailing(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
 
 
+def lean(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The same function, which keeps nothing but its arguments for the backward pass.
+
+    For chains of elementwise operations, whose intermediate results cost more to write and to read
+    again than to compute twice. Unlike a remat policy it leaves the matrix products alone.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
 class Dense(nnx.Module):
     """`x @ kernel + bias`."""
 
@@ -57,12 +66,15 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """`(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
-        y = normal * trailing(self.scale[...], wide) + trailing(self.bias[...], wide)
-        return y.astype(x.dtype)
+
+        def normalised(x: Array, scale: Array, bias: Array) -> Array:
+            wide = x.astype(jnp.float32)
+            centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+            normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+            return (normal * trailing(scale, wide) + trailing(bias, wide)).astype(x.dtype)
+
+        return lean(normalised)(x, self.scale[...], self.bias[...])
 
 
 def _gelu(x: Array) -> Array:
@@ -164,8 +176,12 @@ def dropout(
     """
     if keys is None or rate == 0.0:
         return x
-    kept = row_bits(keys, x.shape) >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+    def dropped(x: Array) -> Array:
+        kept = row_bits(keys, x.shape) >= jnp.uint32(round(rate * 2**32))
+        return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+    return lean(dropped)(x)
 
 
 def take(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:

@@ -1,19 +1,17 @@
 """Logits equal Transformers', for every option of its configurations; names go both ways."""
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.tolerances import LOGITS_FLOAT32
 
-from flaxpretrain.errors import UserError
 from flaxpretrain.models.bert import BertConfig
 from flaxpretrain.models.functional import model_of
 from flaxpretrain.models.names import to_params, to_state_dict
 from flaxpretrain.models.positions import restarting
 from flaxpretrain.models.roberta import RobertaConfig
+from tests.tolerances import LOGITS_FLOAT32
 
 pytestmark = pytest.mark.hf
 
