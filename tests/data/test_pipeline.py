@@ -79,6 +79,32 @@ def test_a_batch_is_what_its_spec_says(split, layout):
     assert {n: (a.shape, a.dtype) for n, a in batch.items()} == pipeline.spec(3)
 
 
+def test_word_starts_come_to_framings_that_ask_for_them(split):
+    seen = []
+
+    class Noting(MaskedFraming):
+        def examples(self, rows, keys, step):
+            seen.append(rows)
+            return super().examples(rows, keys, step)
+
+    class Asking(Noting):
+        reads_word_starts = True
+
+    for kind in (Noting, Asking):
+        pipeline = Pipeline(
+            split,
+            Blocks(),
+            lambda n, kind=kind: kind(vocabulary=VOCABULARY, length=n, masking=TokenMasking()),
+            (Phase(length=32, batch_size=4, steps=1),),
+            order_seed=0,
+            noise_seed=0,
+        )
+        pipeline.batch(0)
+    without, asked = seen
+    assert "word_starts" not in without
+    assert asked["word_starts"].shape == asked["ids"].shape and asked["word_starts"].any()
+
+
 @LAYOUTS
 def test_an_epoch_holds_every_row_once_and_the_next_in_another_order(split, layout):
     pipeline = pipeline_of(split, layout, Phase(length=32, batch_size=1, epochs=2.0))
