@@ -7,6 +7,7 @@ request and saved.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -79,13 +80,12 @@ def main(argv: list[str]) -> int:
     _use_compile_cache(workdir)
     initial = None
     if arguments.init_from is not None:
-        source = arguments.init_from
-
-        def initial(run: Run):
-            return weights_from(
-                source, run, say=lambda text: print(text, file=sys.stderr), workdir=workdir
-            )
-
+        initial = functools.partial(
+            weights_from,
+            arguments.init_from,
+            say=lambda text: print(text, file=sys.stderr),
+            workdir=workdir,
+        )
     command = "python run_pretraining.py " + shlex.join(_public(argv))
     try:
         return train(

@@ -64,7 +64,7 @@ class EncoderConfig(abc.ABC):
     names: ClassVar[tuple[Entry, ...]]
     """How the parameters are called in Transformers' checkpoints."""
 
-    sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]]
+    sharding: ClassVar[tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...]]
     """Path regex of parameters -> mesh axis of each of their dimensions; the first match counts."""
 
     def __post_init__(self):

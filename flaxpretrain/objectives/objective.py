@@ -27,8 +27,8 @@ class Sum(NamedTuple):
     `total` may be an array (a histogram, say). A weight of 0 means that nothing was measured.
     """
 
-    total: Shaped[Array, "..."]
-    weight: Shaped[Array, ""]
+    total: Shaped[Any, "..."]
+    weight: Shaped[Any, ""]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

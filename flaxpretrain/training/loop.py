@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 import flaxpretrain
@@ -207,7 +208,7 @@ def resolve_seconds(run: Run, workdir: Path, dataset: Any, mesh: Any) -> Run:
             for phase in run.phases
         ]
         # All processes must agree, and the first one's clock decides.
-        steps = jax.experimental.multihost_utils.broadcast_one_to_all(
+        steps = multihost_utils.broadcast_one_to_all(
             np.array([s or 0 for s in steps])
         )
         if jax.process_index() == 0:
