@@ -8,10 +8,12 @@ import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from flaxpretrain.data.tokenizers import (
-    USUAL_NAMES,
     Tokenizer,
+    byte_bpe_backend,
+    frame_like_roberta,
     framing_processor,
     roles_by_name,
+    special_token,
     wordpiece_backend,
 )
 from flaxpretrain.errors import UserError
@@ -87,31 +89,20 @@ def train_bpe(
     Raises:
       UserError: no text, or a vocabulary smaller than 256 bytes and the special tokens.
     """
-    backend = library.Tokenizer(models.BPE())
+    backend = byte_bpe_backend(models.BPE(), add_prefix_space)
     if lowercase:
         backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     _check_size(vocab_size, len(special_tokens) + len(alphabet))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         show_progress=False,
-        special_tokens=_special(special_tokens),
+        special_tokens=[special_token(token) for token in special_tokens],
         initial_alphabet=alphabet,
     )
     backend.train_from_iterator(_batches(texts), trainer)
-    roles = roles_by_name(backend.get_vocab())
-    if "cls" in roles and "sep" in roles:
-        cls, sep = roles["cls"], roles["sep"]
-        backend.post_processor = processors.RobertaProcessing(
-            (sep, special_tokens.index(sep)),
-            (cls, special_tokens.index(cls)),
-            trim_offsets=True,
-            add_prefix_space=add_prefix_space,
-        )
-    return Tokenizer(backend, roles)
+    return Tokenizer(backend, frame_like_roberta(backend, add_prefix_space))
 
 
 def train_unigram(
@@ -150,7 +141,7 @@ def train_unigram(
     trainer = trainers.UnigramTrainer(
         vocab_size=vocab_size - sentinels,
         show_progress=False,
-        special_tokens=_special(special_tokens),
+        special_tokens=[special_token(token) for token in special_tokens],
         unk_token=unknown,
     )
     backend.train_from_iterator(_batches(texts), trainer)
@@ -196,12 +187,6 @@ def _alphabet(backend: library.Tokenizer, texts: Iterable[str], limit: int) -> l
                 counts[part] += count
     kept = sorted(counts, key=lambda character: (-counts[character], character))[:limit]
     return sorted(kept)
-
-
-def _special(tokens: Sequence[str]) -> list[library.AddedToken]:
-    # As in RoBERTa and ALBERT, a mask takes the space before it with it: it stands for a word.
-    masks = USUAL_NAMES["mask"]
-    return [library.AddedToken(token, lstrip=token in masks, special=True) for token in tokens]
 
 
 def _check_size(vocab_size: int, least: int) -> None:

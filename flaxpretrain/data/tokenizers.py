@@ -194,7 +194,8 @@ def load(
 
     A WordPiece `vocab.txt` becomes BERT's tokenizer, with these options (`lowercase` None: true;
     `strip_accents` None: as `lowercase`). Everything else carries its own normaliser. A folder is
-    read from tokenizer.json, else from vocab.txt, else by Transformers; so is a hub name.
+    read from tokenizer.json, else from vocab.txt, else from vocab.json and merges.txt (byte-level
+    BPE), else by Transformers; so is a hub name.
 
     Raises:
       UserError: nothing to load, a file that is no tokenizer, options that do not apply.
@@ -218,6 +219,8 @@ def load(
         return _load_json(path)
     if path.is_dir() and (path / TOKENIZER_FILE).exists():
         return _load_json(path / TOKENIZER_FILE)
+    if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        return _load_byte_bpe(path)
     if path.suffix in (".txt", ".json") or path.is_absolute() and not path.exists():
         raise UserError(f"there is no tokenizer {name}: no such file or folder")
     return _load_transformers(str(name))
@@ -258,6 +261,31 @@ def wordpiece_backend(
     return backend
 
 
+def byte_bpe_backend(model: models.BPE, add_prefix_space: bool) -> library.Tokenizer:
+    """GPT-2's and RoBERTa's tokenizer over a byte-level BPE model, without framing yet."""
+    backend = library.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def special_token(token: str) -> library.AddedToken:
+    """A special token; as in RoBERTa and ALBERT, a mask takes the space before it with it."""
+    return library.AddedToken(token, lstrip=token in USUAL_NAMES["mask"], special=True)
+
+
+def frame_like_roberta(backend: library.Tokenizer, add_prefix_space: bool) -> dict[str, str]:
+    """Adds <s> A </s></s> B </s> where the tokens are there; returns the roles of the tokens."""
+    ids = backend.get_vocab(with_added_tokens=True)
+    roles = roles_by_name(ids)
+    if "cls" in roles and "sep" in roles:
+        cls, sep = roles["cls"], roles["sep"]
+        backend.post_processor = processors.RobertaProcessing(
+            (sep, ids[sep]), (cls, ids[cls]), trim_offsets=True, add_prefix_space=add_prefix_space
+        )
+    return roles
+
+
 def framing_processor(
     backend: library.Tokenizer, cls: str, sep: str
 ) -> processors.TemplateProcessing:
@@ -292,6 +320,17 @@ def _load_wordpiece(path: Path, lowercase: bool, strip_accents: bool | None) -> 
     backend = wordpiece_backend(vocabulary, lowercase, strip_accents)
     settings = {"do_lower_case": lowercase, "strip_accents": strip_accents}
     return Tokenizer(backend, roles_by_name(vocabulary), settings)
+
+
+def _load_byte_bpe(folder: Path) -> Tokenizer:
+    try:
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises a bare Exception for anything it cannot read
+        raise UserError(f"vocab.json and merges.txt in {folder} do not fit: {error}") from error
+    backend = byte_bpe_backend(model, add_prefix_space=False)
+    special = sorted(set(roles_by_name(backend.get_vocab()).values()))
+    backend.add_special_tokens([special_token(token) for token in special])
+    return Tokenizer(backend, frame_like_roberta(backend, add_prefix_space=False))
 
 
 def _load_json(path: Path) -> Tokenizer:

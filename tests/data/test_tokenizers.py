@@ -250,3 +250,28 @@ def test_vocab_txt_encodes_as_transformers_does(test_data, folder, lowercase):
     expected = [theirs(line, add_special_tokens=False)["input_ids"] for line in lines]
     assert lengths.tolist() == list(map(len, expected))
     assert ids.tolist() == sum(expected, [])
+
+
+@pytest.mark.hf
+def test_vocab_json_and_merges_encode_as_transformers_does(test_data):
+    from tokenizers import AddedToken
+    from transformers import RobertaTokenizer
+
+    folder = test_data / "vocab" / "roberta-base"
+    ours = tokenizers.load(folder)
+    merges = [
+        tuple(line.split(" "))
+        for line in (folder / "merges.txt").read_text("utf-8").split("\n")
+        if line and not line.startswith("#version")
+    ]
+    theirs = RobertaTokenizer(
+        vocab=json.loads((folder / "vocab.json").read_text()),
+        merges=merges,
+        # As roberta-base has it on the hub.
+        mask_token=AddedToken("<mask>", lstrip=True),
+    )
+    assert ours.vocabulary.special_ids == (0, 1, 2, 3, 50264)
+    assert (ours.vocabulary.cls, ours.vocabulary.pad, ours.vocabulary.mask) == (0, 1, 50264)
+    for text in TEXTS[:4] + ["a <mask> b", "  two  spaces"]:
+        assert ours.backend.encode(text).ids == theirs(text)["input_ids"]
+    assert ours.backend.encode("a", "b").ids == theirs("a", "b")["input_ids"]
