@@ -132,9 +132,7 @@ class Precision:
             self.compute in ("float32", "bfloat16"),
             f"precision.compute must be float32 or bfloat16; got {self.compute}",
         )
-        _require(
-            self.params == "float32", f"precision.params must be float32; got {self.params}"
-        )
+        _require(self.params == "float32", f"precision.params must be float32; got {self.params}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +239,9 @@ def load_recipe(path: str | Path) -> Run:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"recipe {path} is not a file; recipes are Python files such as configs/quickstart.py")
+        raise UserError(
+            f"recipe {path} is not a file; recipes are Python files such as configs/quickstart.py"
+        )
     # What a recipe imports from beside itself must also be importable later, by class path.
     folder = str(path.parent.resolve())
     if folder not in sys.path:
@@ -299,8 +299,7 @@ def _replaced(owner: Any, path: list[str], value: Any, full: str) -> Any:
         names = [f.name for f in dataclasses.fields(owner) if f.init]
         if head not in names:
             raise UserError(
-                f"--set {full}: {type(owner).__name__} has no field {head!r}"
-                f"{nearest(head, names)}"
+                f"--set {full}: {type(owner).__name__} has no field {head!r}{nearest(head, names)}"
             )
         if rest:
             return dataclasses.replace(

@@ -46,7 +46,9 @@ def parser() -> program.Parser:
         help="start a new workdir from these weights: a workdir, a Hugging Face folder or a hub id",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, its size and its cost; train nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the plan, its size and its cost; train nothing",
     )
     parser.add_argument(
         "--allow-cpu", action="store_true", help="run a recipe made for TPU or GPU on the CPU"
@@ -88,9 +90,7 @@ def main(argv: list[str]) -> int:
         )
     command = "python run_pretraining.py " + shlex.join(_public(argv))
     try:
-        return train(
-            run, workdir, initial_params=initial, command=command, quiet=arguments.quiet
-        )
+        return train(run, workdir, initial_params=initial, command=command, quiet=arguments.quiet)
     except NotFinite as error:
         print(f"run_pretraining.py: {error}", file=sys.stderr)
         return program.EXIT_NOT_FINITE

@@ -68,18 +68,13 @@ def test_training_names_no_objective_and_no_architecture():
 
 
 def test_the_data_room_never_imports_jax():
-    modules = [
-        "flaxpretrain.data." + p.stem for p in sorted((PACKAGE / "data").glob("[!_]*.py"))
-    ]
+    modules = ["flaxpretrain.data." + p.stem for p in sorted((PACKAGE / "data").glob("[!_]*.py"))]
     code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_importing_the_library_touches_no_device():
-    code = (
-        "import flaxpretrain.main, jax, sys; "
-        "sys.exit(bool(jax._src.xla_bridge._backends))"
-    )
+    code = "import flaxpretrain.main, jax, sys; sys.exit(bool(jax._src.xla_bridge._backends))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -208,9 +208,7 @@ def resolve_seconds(run: Run, workdir: Path, dataset: Any, mesh: Any) -> Run:
             for phase in run.phases
         ]
         # All processes must agree, and the first one's clock decides.
-        steps = multihost_utils.broadcast_one_to_all(
-            np.array([s or 0 for s in steps])
-        )
+        steps = multihost_utils.broadcast_one_to_all(np.array([s or 0 for s in steps]))
         if jax.process_index() == 0:
             write_json(kept, {"phase_steps": [int(s) for s in steps]})
     else:
@@ -409,8 +407,11 @@ def _log(
         raise NotFinite(
             f"step {step}: the loss is {figures['loss']}, the gradient norm "
             f"{figures['grad_norm']}, and "
-            + ("no guard skips such updates" if guard is None else "so it was for "
-               f"{guard.max_consecutive} steps in a row")
+            + (
+                "no guard skips such updates"
+                if guard is None
+                else f"so it was for {guard.max_consecutive} steps in a row"
+            )
             + "; the newest checkpoint is older: lower the learning rate or look at the data"
         )
     if step % session.run.logging.every_steps == 0 or step == session.total_steps:
