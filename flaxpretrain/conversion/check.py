@@ -66,7 +66,7 @@ def maximum_difference(folder: Path, config: Any, params: PyTree) -> float:
     differences = []
     for name in sorted(ours.keys() & theirs.keys()):
         a, b = ours[name], theirs[name]
-        if a.ndim == 3:
+        if a.shape[:2] == real.shape:
             a, b = a[real], b[real]
         differences.append(float(np.max(np.abs(a - b))))
     # A comparison with NaN is false everywhere else: let it be the largest.
@@ -152,6 +152,8 @@ def _ours(config: Any, params: PyTree, rows: Probe) -> dict[str, np.ndarray]:
             # Two names: what it is called depends on what else the network has.
             logits = module.logits(hidden)[..., : config.vocab_size]
             found |= {"logits": logits, "prediction_logits": logits}
+        if "discriminator" in heads:
+            found["logits"] = module.discriminate(hidden)
         if "pooler" in heads:
             found["pooler_output"] = pooled[:, 0]
         if "nsp" in heads:

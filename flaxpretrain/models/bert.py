@@ -40,14 +40,16 @@ SHARDING = (
 """Path regex of parameters -> mesh axis of each of their dimensions."""
 
 
-def _dense(name: str, path: str) -> tuple[Rule, ...]:
+def dense_names(name: str, path: str) -> tuple[Rule, ...]:
+    """Names of a dense layer."""
     return (
         Rule(f"{name}.weight", f"{path}/kernel", Kernel()),
         Rule(f"{name}.bias", f"{path}/bias"),
     )
 
 
-def _norm(name: str, path: str) -> tuple[Rule, ...]:
+def norm_names(name: str, path: str) -> tuple[Rule, ...]:
+    """Names of a layer normalisation."""
     return Rule(f"{name}.weight", f"{path}/scale"), Rule(f"{name}.bias", f"{path}/bias")
 
 
@@ -70,7 +72,7 @@ def trunk_names(base: str) -> tuple[Entry, ...]:
         Rule(f"{tables}.word_embeddings.weight", "embeddings/words", Vocabulary()),
         Rule(f"{tables}.position_embeddings.weight", "embeddings/positions"),
         Rule(f"{tables}.token_type_embeddings.weight", "embeddings/types"),
-        *_norm(f"{tables}.LayerNorm", "embeddings/norm"),
+        *norm_names(f"{tables}.LayerNorm", "embeddings/norm"),
         *_heads(f"{block}.attention.self.query", f"{layers}/attention/query"),
         *_heads(f"{block}.attention.self.key", f"{layers}/attention/key"),
         *_heads(f"{block}.attention.self.value", f"{layers}/attention/value"),
@@ -80,11 +82,11 @@ def trunk_names(base: str) -> tuple[Entry, ...]:
             Kernel(inputs=2),
         ),
         Rule(f"{block}.attention.output.dense.bias", f"{layers}/attention/out/bias"),
-        *_norm(f"{block}.attention.output.LayerNorm", f"{layers}/attention_norm"),
-        *_dense(f"{block}.intermediate.dense", f"{layers}/feed_forward/up"),
-        *_dense(f"{block}.output.dense", f"{layers}/feed_forward/down"),
-        *_norm(f"{block}.output.LayerNorm", f"{layers}/feed_forward_norm"),
-        *_dense(f"{base}.pooler.dense", "pooler"),
+        *norm_names(f"{block}.attention.output.LayerNorm", f"{layers}/attention_norm"),
+        *dense_names(f"{block}.intermediate.dense", f"{layers}/feed_forward/up"),
+        *dense_names(f"{block}.output.dense", f"{layers}/feed_forward/down"),
+        *norm_names(f"{block}.output.LayerNorm", f"{layers}/feed_forward_norm"),
+        *dense_names(f"{base}.pooler.dense", "pooler"),
     )
 
 
@@ -95,8 +97,8 @@ def masked_head_names(head: str, dense: str, norm: str, words: str) -> tuple[Ent
     version 5 hold only the other one, which was the same array.
     """
     return (
-        *_dense(dense, "mlm_head/dense"),
-        *_norm(norm, "mlm_head/norm"),
+        *dense_names(dense, "mlm_head/dense"),
+        *norm_names(norm, "mlm_head/norm"),
         Rule(f"{head}.bias", "mlm_head/bias", Vocabulary()),
         Rule(f"{head}.decoder.weight", "mlm_head/decoder/kernel", Vocabulary(transposed=True)),
         Rule(f"{head}.decoder.bias", "mlm_head/decoder/bias", Vocabulary()),
@@ -114,7 +116,7 @@ HF_NAMES: tuple[Entry, ...] = (
         "cls.predictions.transform.LayerNorm",
         "bert.embeddings.word_embeddings.weight",
     ),
-    *_dense("cls.seq_relationship", "nsp_head"),
+    *dense_names("cls.seq_relationship", "nsp_head"),
 )
 
 

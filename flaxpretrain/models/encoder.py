@@ -141,11 +141,14 @@ class Encoder(nnx.Module):
 
 
 class MaskedHead(nnx.Module):
-    """Transform and vocabulary: the words' own embeddings where tied, else a decoder of its own."""
+    """Transform and vocabulary: the words' own embeddings where tied, else a decoder of its own.
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        width, stddev = config.hidden_size, config.initializer_range
-        self.dense = Dense(width, width, rngs, stddev=stddev)
+    `width` is that of the word table, by default the hidden size.
+    """
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, width: int | None = None):
+        width, stddev = width or config.hidden_size, config.initializer_range
+        self.dense = Dense(config.hidden_size, width, rngs, stddev=stddev)
         self.norm = LayerNorm(width, epsilon=config.layer_norm_eps)
         rows, tied = config.padded_vocab_size, config.tie_word_embeddings
         self.decoder = None if tied else Dense(width, rows, rngs, stddev=stddev)
@@ -154,7 +157,7 @@ class MaskedHead(nnx.Module):
         self.vocab_size = config.vocab_size
 
     def __call__(
-        self, hidden: Float[Array, "*B D"], words: Float[Array, "V D"]
+        self, hidden: Float[Array, "*B D"], words: Float[Array, "V width"]
     ) -> Float[Array, "*B V"]:
         """Logits in float32; those of the padded vocabulary's extra tokens are hugely negative."""
         x = self.norm(activation(self.head_act)(self.dense(hidden)))

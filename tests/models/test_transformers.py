@@ -1,12 +1,12 @@
 """Logits equal Transformers', for every option of its configurations; names go both ways."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flaxpretrain.models.bert import BertConfig
+from flaxpretrain.models.electra import ElectraConfig
 from flaxpretrain.models.functional import model_of
 from flaxpretrain.models.names import to_params, to_state_dict
 from flaxpretrain.models.positions import restarting
@@ -42,6 +42,15 @@ GRID = [
     (RobertaConfig, "RobertaForMaskedLM", {"tie_word_embeddings": False, "vocab_size": 127}),
     (RobertaConfig, "RobertaForMaskedLM", {"type_vocab_size": 3, "layer_norm_eps": 1e-6}),
     (RobertaConfig, "RobertaModel", {"hidden_act": "gelu_fast"}),
+    (ElectraConfig, "ElectraForPreTraining", {"embedding_size": 11}),
+    (ElectraConfig, "ElectraForPreTraining", {"embedding_size": 24, "hidden_act": "relu"}),
+    (ElectraConfig, "ElectraForPreTraining", {"layer_norm_eps": 1e-3, "type_vocab_size": 3}),
+    (ElectraConfig, "ElectraForMaskedLM", {"embedding_size": 40, "vocab_size": 128}),
+    (ElectraConfig, "ElectraForMaskedLM", {"embedding_size": 24, "hidden_act": "silu"}),
+    (ElectraConfig, "ElectraForMaskedLM", {"embedding_size": 9, "layer_norm_eps": 1e-5}),
+    (ElectraConfig, "ElectraForMaskedLM", {"tie_word_embeddings": False, "vocab_size": 129}),
+    (ElectraConfig, "ElectraModel", {"embedding_size": 7, "num_attention_heads": 1}),
+    (ElectraConfig, "ElectraModel", {"embedding_size": 24, "hidden_act": "gelu_new"}),
 ]
 CASES = [
     pytest.param(*case, id=f"{case[1]}-{'-'.join(map(str, case[2].values()))}") for case in GRID
@@ -105,6 +114,8 @@ def our_outputs(config, params, ids, segments, types):
             out["pooled"] = module.pool(hidden, jnp.zeros((len(ids), 1), jnp.int32))
         if "nsp" in config.heads:
             out["nsp"] = module.next_sentence_logits(out["pooled"])[:, 0]
+        if "discriminator" in config.heads:
+            out["scores"] = module.discriminate(hidden)
         return out
 
     return {
@@ -129,9 +140,11 @@ def test_outputs_equal_those_of_transformers(config_class, name, options):
         logits = ours["logits"]
         assert np.all(logits[..., config.vocab_size :] < -1e29)
         pairs.append((logits[..., : config.vocab_size][real], theirs[name_of_logits][real]))
-    else:
-        if "nsp" not in config.heads:
-            pairs.append((ours["hidden"][real], theirs["last_hidden_state"][real]))
+    elif "discriminator" in config.heads:
+        pairs.append((ours["scores"][real], theirs["logits"][real]))
+    elif "nsp" not in config.heads:
+        pairs.append((ours["hidden"][real], theirs["last_hidden_state"][real]))
+        if "pooler" in config.heads:
             pairs.append((ours["pooled"][:, 0], theirs["pooler_output"]))
     if "nsp" in config.heads:
         pairs.append(
@@ -172,7 +185,9 @@ def test_transformers_loads_the_export_whole(config_class, name, options, tmp_pa
     result = fresh.load_state_dict({n: torch.tensor(t) for n, t in tensors.items()}, strict=False)
     fresh.tie_weights()
     assert not result.unexpected_keys
-    tied = ("decoder.weight", "decoder.bias") if config.tie_word_embeddings else ()
+    tied = (
+        ("decoder.weight", "decoder.bias", "lm_head.weight") if config.tie_word_embeddings else ()
+    )
     assert all(n.endswith(tied) for n in result.missing_keys)
     batch = batch_of(config)
     theirs, ours = their_outputs(fresh, *batch), our_outputs(config, params, *batch)
@@ -183,3 +198,6 @@ def test_transformers_loads_the_export_whole(config_class, name, options, tmp_pa
             rtol=0,
             atol=LOGITS_FLOAT32,
         )
+    if "discriminator" in config.heads:
+        mine, reference = ours["scores"][batch[1] > 0], theirs["logits"][batch[1] > 0]
+        np.testing.assert_allclose(mine, reference, rtol=0, atol=LOGITS_FLOAT32)
