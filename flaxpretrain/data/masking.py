@@ -218,6 +218,57 @@ class BernoulliMasking(Masking):
         return chosen(tickets, position_bits, counts)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnMasking(Masking):
+    """Positions drawn one by one, so that some are drawn twice: for comparison with ELECTRA's own.
+
+    A row has clip(round(rate n), 1, M) draws with M = int((rate + 0.005) length), as by the rule
+    "electra" of `TokenMasking`, but fewer masked tokens: 13.9 % of 128 instead of 15 %. A position
+    drawn twice fills two slots, is [MASK] when either draw says so, and counts twice in the loss.
+
+    Reference: google-research/electra pretrain/pretrain_helpers.py, mask.
+    """
+
+    mask_share: float = 0.85
+    random_share: float = 0.0
+
+    def slots(self, length: int) -> int:
+        """M, at least 1."""
+        return min(max(int((self.rate + 0.005) * length), 1), length)
+
+    def positions(
+        self, keys: Keys, eligible: Bool[Numpy, "B L"], real: Int[Numpy, " B"]
+    ) -> tuple[Int[Numpy, "B M"], Bool[Numpy, "B M"]]:
+        """Independent draws from the eligible positions."""
+        slots = self.slots(eligible.shape[1])
+        candidates = np.count_nonzero(eligible, axis=1)
+        counts = np.clip(np.rint(self.rate * real), 1, slots).astype(np.int64) * (candidates > 0)
+        draws = words(keys, Stream.MASK_POSITIONS, slots).astype(np.uint64)
+        ordinal = (draws * candidates[:, None].astype(np.uint64)) >> np.uint64(32)
+        # Eligible positions first, in order.
+        places = np.argsort(~eligible, axis=1, kind="stable")
+        return chosen(
+            np.take_along_axis(places, ordinal.astype(np.int64), axis=1).astype(np.uint32),
+            32,
+            counts,
+        )
+
+    def apply(
+        self,
+        keys: Keys,
+        input_ids: IdsBL,
+        eligible: Bool[Numpy, "B L"],
+        real: Int[Numpy, " B"],
+        vocabulary: Vocabulary,
+    ) -> Masked:
+        """Masks rows; writes into `input_ids`, which it returns."""
+        masked = super().apply(keys, input_ids, eligible, real, vocabulary)
+        used = masked.weights > 0
+        row, slot = np.nonzero(self._fates(keys, used)[0] & used)
+        masked.input_ids[row, masked.positions[row, slot]] = vocabulary.mask
+        return masked
+
+
 @functools.lru_cache(maxsize=64)
 def _binomial_bound(trials: int, rate: float) -> int:
     """The least k with P(Binomial(trials, rate) > k) < 1e-9."""

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from flaxpretrain.data.masking import BernoulliMasking, TokenMasking
+from flaxpretrain.data.masking import BernoulliMasking, DrawnMasking, TokenMasking
 from flaxpretrain.data.randomness import row_keys
+from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 from tests.data.streams import DIGITS, VOCABULARY, chi_square, drawn, recognisable, undrawn
 
@@ -252,6 +253,54 @@ def test_bernoulli_masks_are_those_of_the_transformers_collator():
     bounds = [share_bound * 0.15, share_bound, share_bound, 5 * math.sqrt(2 * 2 / len(ids))]
     difference = np.abs(np.subtract(figures(our_hidden, ours.input_ids), figures(hidden, now)))
     assert (difference < bounds).all()
+
+
+def full_rows(masking, rows=1920, length=128):
+    """Full rows of distinct text tokens; the slots' positions are all used."""
+    ids = np.tile(np.arange(length, dtype=np.int32) + 1000, (rows, 1))
+    eligible = np.ones(ids.shape, bool)
+    eligible[:, [0, -1]] = False
+    real = np.full(rows, length)
+    vocabulary = Vocabulary(size=2000, pad=0, mask=4, special_ids=(0, 4))
+    return masking.apply(keys_of(rows), ids, eligible, real, vocabulary)
+
+
+def test_draws_with_replacement_have_the_statistics_measured_on_the_original():
+    masked = full_rows(DrawnMasking())
+    assert masked.positions.shape[1] == 19 and masked.weights.all()
+    distinct = np.array([len(set(row)) for row in masked.positions])
+    assert distinct.mean() / 19 == pytest.approx(0.930, abs=0.004)
+    hidden = (masked.input_ids == 4).sum()
+    assert distinct.sum() / (1920 * 128) == pytest.approx(0.138, abs=0.001)
+    assert hidden / distinct.sum() == pytest.approx(0.859, abs=0.006)
+
+
+def test_distinct_draws_hide_all_that_the_rate_asks_for():
+    masked = full_rows(TokenMasking(count="electra", mask_share=0.85, random_share=0.0))
+    assert all(len(set(row)) == 19 for row in masked.positions)
+    assert (masked.input_ids == 4).mean() == pytest.approx(0.85 * 19 / 128, abs=0.002)
+
+
+def test_a_position_drawn_twice_has_one_label_and_is_hidden_if_either_draw_says_so():
+    ids, eligible, _, masked = masked_rows(DrawnMasking(rate=0.5, mask_share=0.5))
+    rows, slots = np.nonzero(masked.weights)
+    positions = masked.positions[rows, slots]
+    assert eligible[rows, positions].all()
+    assert (masked.labels[rows, slots] == ids[rows, positions]).all()
+    seen = masked.input_ids[rows, positions]
+    assert set(np.unique(seen[seen != masked.labels[rows, slots]])) == {VOCABULARY.mask}
+    twice = masked.positions[:, 1:] == masked.positions[:, :-1]
+    twice &= masked.weights[:, 1:] > 0
+    hidden = np.take_along_axis(masked.input_ids, masked.positions[:, 1:], 1) == VOCABULARY.mask
+    assert hidden[twice].mean() > 0.7 > hidden[masked.weights[:, 1:] > 0].mean()
+
+
+def test_a_row_without_text_has_no_draws():
+    ids = np.full((1, 16), VOCABULARY.cls, np.int32)
+    nothing = np.zeros(ids.shape, bool)
+    masked = DrawnMasking().apply(keys_of(1), ids.copy(), nothing, np.array([2]), VOCABULARY)
+    assert not masked.weights.any() and not masked.positions.any()
+    assert (masked.input_ids == ids).all()
 
 
 def test_golden_rows():
