@@ -1,15 +1,22 @@
-"""Converts between workdirs and Hugging Face folders, and proves that both compute the same.
+"""Converts between workdirs, Hugging Face folders and TensorFlow checkpoints, and checks outputs.
 
     python tools/convert_checkpoint.py to-hf WORKDIR --output-dir FOLDER
     python tools/convert_checkpoint.py from-hf FOLDER_OR_HUB_ID --workdir WORKDIR
+    python tools/convert_checkpoint.py from-tf CHECKPOINT_PREFIX --output-dir FOLDER
 
 to-hf writes safetensors, config.json, the tokenizer and a model card, without torch; where torch
 is installed, Transformers must load the result and compute the same within 2e-5. from-hf writes a
 workdir whose checkpoint of step 0 holds the weights; it reads safetensors and pytorch_model.bin.
+from-tf reads what google-research/bert and google-research/electra save, without TensorFlow, and
+writes either of the two.
 """
 
+import argparse
+import dataclasses
 import shlex
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,20 +26,24 @@ from flaxpretrain.config import load_recipe, render
 from flaxpretrain.conversion import hub
 from flaxpretrain.conversion.card import Facts
 from flaxpretrain.conversion.export import export
-from flaxpretrain.conversion.importing import import_model
+from flaxpretrain.conversion.folders import HubModel, config_of, params_of
+from flaxpretrain.conversion.importing import import_model, require_unused, write_workdir
 from flaxpretrain.conversion.licences import require_licence
 from flaxpretrain.conversion.sources import (
+    Origin,
     dataset_facts,
     is_workdir,
     open_checkpoint,
     read_origin,
     run_facts,
 )
+from flaxpretrain.conversion.tensorflow import DISCRIMINATOR, GENERATOR, read_checkpoint
+from flaxpretrain.data import tokenizers
 from flaxpretrain.errors import UserError
 
 
 def parser() -> program.Parser:
-    """The arguments of both directions."""
+    """The arguments of all directions."""
     parser = program.Parser(__doc__)
     commands = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
 
@@ -67,7 +78,45 @@ def parser() -> program.Parser:
     back.add_argument("source", metavar="FOLDER_OR_HUB_ID", help="owner/name, or a folder")
     back.add_argument("--workdir", type=Path, required=True, help="to make")
     back.add_argument("--recipe", type=Path, help="recipe to continue training with")
+    add_from_tf(commands)
     return parser
+
+
+def add_from_tf(commands: argparse._SubParsersAction) -> None:
+    """The arguments of from-tf."""
+    old = commands.add_parser(
+        "from-tf",
+        help="a TensorFlow checkpoint of BERT or ELECTRA to either",
+        description=from_tf.__doc__,
+    )
+    old.add_argument(
+        "prefix",
+        type=Path,
+        metavar="CHECKPOINT_PREFIX",
+        help="its path without .index or .data-..., such as models/x/model.ckpt-1000",
+    )
+    old.add_argument("--workdir", type=Path, help="to make, with the weights as step 0")
+    old.add_argument("--output-dir", type=Path, help="Hugging Face folder to write")
+    old.add_argument(
+        "--part", choices=[DISCRIMINATOR, GENERATOR], help="of ELECTRA (default: a folder each)"
+    )
+    old.add_argument(
+        "--config", type=Path, help="bert_config.json or the like (default: the one beside it)"
+    )
+    old.add_argument("--vocab-file", type=Path, help="(default: vocab.txt beside the checkpoint)")
+    case = old.add_mutually_exclusive_group()
+    case.add_argument("--do-lower-case", dest="lowercase", action="store_true", help="the default")
+    case.add_argument("--no-lower-case", dest="lowercase", action="store_false", help="keep case")
+    accents = old.add_mutually_exclusive_group()
+    accents.add_argument("--strip-accents", action="store_true", help="default: as the case")
+    accents.add_argument("--no-strip-accents", dest="strip_accents", action="store_false")
+    old.set_defaults(lowercase=None, strip_accents=None)
+    old.add_argument("--recipe", type=Path, help="recipe to continue training with, in --workdir")
+    old.add_argument("--license", help="of the model, for its card, such as apache-2.0")
+    old.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    old.add_argument(
+        "--no-compare", action="store_true", help="skip the comparison with Transformers"
+    )
 
 
 def to_hf(arguments) -> None:
@@ -135,10 +184,79 @@ def from_hf(arguments) -> None:
     print(f"continue with: {' '.join([command, *made.flags])}")
 
 
+def from_tf(arguments) -> None:
+    """Writes what google-research/bert or electra trained as a workdir or a Hugging Face folder."""
+    prefix, workdir, output = arguments.prefix, arguments.workdir, arguments.output_dir
+    if workdir is None and output is None:
+        raise UserError("say where to write: --workdir, --output-dir, or both")
+    if arguments.recipe is not None and workdir is None:
+        raise UserError("--recipe is for --workdir, which is not given")
+    if arguments.license is not None:
+        require_licence(arguments.license)
+    if workdir is not None:
+        require_unused(workdir)
+    run = None if arguments.recipe is None else load_recipe(arguments.recipe)
+    vocab = arguments.vocab_file or prefix.with_name("vocab.txt")
+    if not vocab.is_file():
+        raise UserError(f"{vocab} is not there: name the vocabulary's file by --vocab-file")
+    read = read_checkpoint(prefix, arguments.config)
+    print(f"{prefix}: {' and '.join(read.models)}; dropped {read.dropped} tensors of the optimizer")
+    if read.heads_assumed:
+        print(f"{prefix}: no configuration states num_attention_heads; took hidden_size // 64")
+    models = chosen_parts(read.models, arguments.part, workdir)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizers.load(vocab, arguments.lowercase, arguments.strip_accents)
+        tokenizer.save(folder)
+        for part, model in models.items():
+            whole = dataclasses.replace(model, tokenizer=Path(folder))
+            name = f"{prefix.name}, {part}" if len(read.models) > 1 else prefix.name
+            if workdir is not None:
+                origin = Origin(name)
+                made = write_workdir(whole, origin, workdir, run, source=str(prefix), say=print)
+                print(f"{workdir}: {made.parameters:,} parameters of the {part}, step 0")
+            if output is not None:
+                place = output / part if len(models) > 1 else output
+                write_folder(whole, Path(folder), place, name, arguments)
+
+
+def chosen_parts(
+    models: Mapping[str, HubModel], part: str | None, workdir: Path | None
+) -> Mapping[str, HubModel]:
+    """The networks to convert.
+
+    Raises:
+        UserError: the checkpoint lacks the part, or a workdir is to hold two.
+    """
+    if part is not None and part not in models:
+        raise UserError(f"--part {part}: the checkpoint holds {' and '.join(models)}")
+    if part is None and workdir is not None and len(models) > 1:
+        raise UserError(f"a workdir holds one network: choose by --part {' or '.join(models)}")
+    return models if part is None else {part: models[part]}
+
+
+def write_folder(model: HubModel, tokenizer: Path, folder: Path, name: str, arguments) -> None:
+    """Writes a model as a Hugging Face folder and prints what it is."""
+    config = config_of(model)
+    params, notes = params_of(model, config, source=str(arguments.prefix))
+    for note in notes:
+        print(f"{arguments.prefix}: {note}")
+    exported = export(
+        config,
+        params,
+        tokenizer,
+        folder,
+        Facts(name=name, licence=arguments.license),
+        overwrite=arguments.overwrite,
+        compare=not arguments.no_compare,
+    )
+    for line in exported.lines():
+        print(line)
+
+
 def main(argv: list[str]) -> None:
     """Runs one direction."""
     arguments = parser().parse_args(argv)
-    {"to-hf": to_hf, "from-hf": from_hf}[arguments.direction](arguments)
+    {"to-hf": to_hf, "from-hf": from_hf, "from-tf": from_tf}[arguments.direction](arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from flaxpretrain.conversion.folders import (
     params_of,
 )
 from flaxpretrain.conversion.init_from import differing, fitted_params, flags_of
-from flaxpretrain.conversion.sources import CHECKPOINTS, open_model, write_origin
+from flaxpretrain.conversion.sources import CHECKPOINTS, Origin, open_model, write_origin
 from flaxpretrain.data.store import TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.checkpoints import Checkpoints
@@ -48,18 +48,40 @@ def import_model(
     Raises:
         UserError: the workdir is in use, or the source cannot be read or does not fit the run.
     """
+    require_unused(workdir)
+    model, origin = open_model(source)
+    return write_workdir(model, origin, workdir, run, source=str(source), say=say)
+
+
+def require_unused(workdir: Path) -> None:
+    """Raises UserError where a run or a model lies already."""
     if (workdir / CHECKPOINTS).exists() or (workdir / CONFIG_FILE).exists():
         raise UserError(f"--workdir {workdir} is in use: choose a new one")
-    model, origin = open_model(source)
+
+
+def write_workdir(
+    model: HubModel,
+    origin: Origin,
+    workdir: Path,
+    run: Run | None,
+    *,
+    source: str,
+    say: Callable[[str], None],
+) -> Imported:
+    """As `import_model`, for a model that is open already; `source` is its name in messages.
+
+    Raises:
+        UserError: the workdir cannot be written, or the model does not fit the run.
+    """
     config, flags = config_of(model), ()
     if run is None:
-        params, notes = params_of(model, config, source=str(source))
+        params, notes = params_of(model, config, source=source)
         for note in notes:
             say(f"{source}: {note}")
     else:
-        run, flags = _fitted_run(model, config, run, str(source))
+        run, flags = _fitted_run(model, config, run, source)
         config = run.model
-        params = fitted_params(model, run, source=str(source), say=say)
+        params = fitted_params(model, run, source=source, say=say)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

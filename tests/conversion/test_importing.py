@@ -92,7 +92,7 @@ def test_all_odd_names_are_listed_in_one_error(copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "xlnet"}, "model_type is 'xlnet'; known: bert, roberta"),
+        ({"model_type": "xlnet"}, "model_type is 'xlnet'; known: bert, electra, roberta"),
         ({"model_type": "../bert"}, "known: bert"),
         ({"model_type": None}, "known: bert"),
         ({"architectures": ["BertForSequenceClassification"]}, "architectures names"),

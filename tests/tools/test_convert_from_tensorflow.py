@@ -1,0 +1,75 @@
+"""tools/convert_checkpoint.py from-tf as its users run it, on checkpoints of the original code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flaxpretrain.conversion.sources import load_pretrained
+from flaxpretrain.errors import UserError
+
+FIXTURES = Path(__file__).parent.parent / "conversion" / "fixtures" / "tensorflow"
+BERT, ELECTRA = (FIXTURES / name / "model.ckpt-3" for name in ("bert", "electra"))
+VOCABULARY = ("--vocab-file", FIXTURES / "vocab.txt")
+
+
+@pytest.fixture
+def convert(tool, capsys):
+    main = tool("convert_checkpoint").main
+
+    def run(*arguments):
+        main(["from-tf", *(str(argument) for argument in arguments)])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_bert_checkpoint_becomes_a_workdir_and_a_folder_that_agree(convert, tmp_path):
+    said = convert(BERT, "--workdir", tmp_path / "w", "--output-dir", tmp_path / "hf", *VOCABULARY)
+    assert "46 tensors, 1,888 parameters" in said
+    workdir, folder = load_pretrained(tmp_path / "w"), load_pretrained(tmp_path / "hf")
+    assert workdir.config == folder.config and workdir.config.heads == ("mlm", "pooler", "nsp")
+    same = np.testing.assert_array_equal
+    same(workdir.params["embeddings"]["words"], folder.params["embeddings"]["words"])
+    same(workdir.params["nsp_head"]["kernel"], folder.params["nsp_head"]["kernel"])
+    assert workdir.tokenizer is not None and folder.tokenizer is not None
+
+
+def test_an_electra_checkpoint_becomes_two_folders(convert, tmp_path):
+    two = tmp_path / "two.json"
+    two.write_text(json.dumps({"num_attention_heads": 2}))
+    said = convert(ELECTRA, "--config", two, "--output-dir", tmp_path / "hf", *VOCABULARY)
+    assert "discriminator and generator; dropped 165 tensors of the optimizer" in said
+    assert "num_attention_heads" not in said
+    classes = {
+        part: json.loads((tmp_path / "hf" / part / "config.json").read_text())["architectures"]
+        for part in ("discriminator", "generator")
+    }
+    assert classes == {
+        "discriminator": ["ElectraForPreTraining"],
+        "generator": ["ElectraForMaskedLM"],
+    }
+
+
+def test_a_part_of_electra_becomes_a_workdir(convert, tmp_path):
+    said = convert(ELECTRA, "--part", "generator", "--workdir", tmp_path / "w", *VOCABULARY)
+    assert "parameters of the generator, step 0" in said
+    assert "no configuration states num_attention_heads; took hidden_size // 64" in said
+    assert load_pretrained(tmp_path / "w").config.hidden_size == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([ELECTRA], "say where to write: --workdir, --output-dir, or both"),
+        ([ELECTRA, "--workdir", "w"], "vocab.txt is not there: .* by --vocab-file"),
+        ([ELECTRA, "--workdir", "w", *VOCABULARY], "choose by --part discriminator or generator"),
+        ([BERT, "--output-dir", "x", "--part", "generator", *VOCABULARY], "holds model"),
+        ([BERT, "--output-dir", "x", "--recipe", "r.py", *VOCABULARY], "--recipe is for --workdir"),
+        ([BERT.with_name("x"), "--output-dir", "x", *VOCABULARY], "no prefix of a TensorFlow ch"),
+    ],
+)
+def test_mistakes(convert, arguments, message):
+    with pytest.raises(UserError, match=message):
+        convert(*arguments)
