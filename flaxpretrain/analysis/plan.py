@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -118,8 +119,9 @@ def cost_lines(
     basis = f"{ASSUMED_MFU:.0%} of {peak.name}'s peak" if peak else "60 GFLOP/s"
     seconds = flops / rate
     lines.append(
-        f"compute: {flops:.3g} FLOP, about {seconds / 3600:.3g} device-hours, {duration(seconds / count)}"
-        f" on {count} device{'s' if count > 1 else ''} (an estimate, at {basis} each)"
+        f"compute: {flops:.3g} FLOP, about {seconds / 3600:.3g} device-hours, "
+        f"{duration(seconds / count)} on {count} device{'s' if count > 1 else ''} "
+        f"(an estimate, at {basis} each)"
     )
     size = sum(
         int(np.prod(leaf.shape)) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(assembly.state)
@@ -133,7 +135,7 @@ def cost_lines(
 
 
 def _itemsize(dtype: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
 
 
 def schedule_picture(run: Run, steps: int, width: int = 64, height: int = 8) -> str:
