@@ -132,7 +132,8 @@ def _check_tokenizer(folder: Path, config: Any) -> str | None:
     """The mask token of the exported tokenizer, which must give ids that the model has."""
     path = folder / "tokenizer.json"
     if path.is_file():
-        size = Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
+        # The largest id and not the count: a vocabulary may have holes.
+        size = max(Tokenizer.from_file(str(path)).get_vocab().values(), default=-1) + 1
         if size > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {size} tokens, but the model only {config.vocab_size}: "

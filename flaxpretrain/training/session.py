@@ -76,6 +76,13 @@ def open_run_dataset(run: Run, workdir: Path) -> Dataset:
             f"model.vocab_size is {size}: add --set model.vocab_size={dataset.vocabulary.size}, or "
             "choose the dataset made for this recipe"
         )
+    # Transformers counts RoBERTa's positions from it, and an export must say the truth.
+    pad = dataset.vocabulary.pad
+    if pad is not None and getattr(run.model, "pad_token_id", pad) not in (pad, None):
+        raise UserError(
+            f"the padding token of {dataset.folder} is {pad}, but model.pad_token_id is "
+            f"{run.model.pad_token_id}: add --set model.pad_token_id={pad}"
+        )
     return dataset
 
 
@@ -113,7 +120,16 @@ def open_pipeline(run: Run, dataset: Dataset, phases: tuple[Phase, ...]) -> Pipe
     )
 
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "transformers")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "tokenizers",
+    "transformers",
+)
 
 
 def facts(run: Run, dataset: Dataset, mesh: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from flaxpretrain.conversion import check
 from flaxpretrain.conversion.card import Facts
 from flaxpretrain.conversion.export import export
+from flaxpretrain.conversion.folders import adapt_tokenizer, copy_tokenizer
+from flaxpretrain.data import tokenizers
 from flaxpretrain.errors import UserError
 from tests.conversion.originals import WORDS, outputs, tokenizer
 from tests.tolerances import LOGITS_FLOAT32
@@ -81,6 +83,26 @@ def test_the_exported_tokenizer_gives_the_ids_of_the_datasets(checkpoint, tmp_pa
         assert theirs(text).input_ids == mine.encode(text).ids
     assert theirs.model_max_length == checkpoint.part(None)[0].max_length
     assert theirs.mask_token_id == mine.token_to_id("[MASK]")
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "beto", "roberta-base"])
+def test_tokenizers_of_known_models_survive(name, test_data, tmp_path):
+    """Vocabularies that people continue from, as our own loader saves them into a dataset."""
+    from transformers import AutoTokenizer
+
+    folder = test_data / "vocab" / name
+    mine = tokenizers.load(folder / "vocab.txt" if name != "roberta-base" else folder)
+    mine.save(tmp_path / "dataset")
+    copy_tokenizer(tmp_path / "dataset", tmp_path / "hf")
+    adapt_tokenizer(tmp_path / "hf", 512)
+    model_type = "roberta" if name == "roberta-base" else "bert"
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("Hello, naïve World! 12,345", "  ¿Qué tal?\tñandú 東京", "a [MASK] <mask> b", ""):
+        assert theirs(text).input_ids == mine.backend.encode(text).ids
+    assert theirs.mask_token_id == mine.vocabulary.mask
+    assert theirs.pad_token_id == mine.vocabulary.pad
+    assert theirs.model_max_length == 512
 
 
 def test_it_reports_what_it_did(checkpoint, tmp_path):

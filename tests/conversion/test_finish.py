@@ -13,6 +13,7 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.models.names import to_state_dict
 from flaxpretrain.training.evaluate import FixedNoise
 from flaxpretrain.training.loop import train
+from tests import toys
 from tests.evaluation import speech
 from tests.evaluation.conftest import data as data
 
@@ -43,6 +44,23 @@ def test_an_export_of_the_last_step_lies_in_the_workdir(data, tmp_path, capsys):
     said = "".join(capsys.readouterr())
     assert "outputs equal those of Transformers within" in said
     assert json.loads((workdir / "run.json").read_text())["command"] == COMMAND
+
+
+def test_the_exported_tokenizer_gives_the_ids_of_the_dataset(data, tmp_path):
+    from transformers import AutoTokenizer
+
+    trained(data, tmp_path, finish=(Export(compare=False),))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), speech.tokenizer().backend
+    for text in [*speech.sentences(50), "The KING sees [MASK], unheard-of!"]:
+        assert theirs(text).input_ids == ours.encode(text).ids
+
+
+def test_a_dataset_with_another_padding_token_is_refused(data, tmp_path):
+    model = toys.bert(vocab_size=speech.run(data).model.vocab_size, pad_token_id=3)
+    with pytest.raises(
+        UserError, match="is 0, but model.pad_token_id is 3: add --set model.pad"
+    ):
+        train(speech.run(data, model=model), tmp_path)
 
 
 def test_an_export_is_replaced_when_the_run_goes_on(data, tmp_path):
