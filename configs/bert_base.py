@@ -22,6 +22,9 @@ from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.optimizers import AdamW
 from flaxpretrain.training.schedules import WarmupLinear
 
+POD = "v5e:4x4"
+"""The TPU slice that tools/compile_all.py compiles this recipe for."""
+
 
 def recipe() -> Run:
     """12 layers x 768, 12 heads, feed-forward 3072, vocabulary 30,522."""

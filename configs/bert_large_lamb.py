@@ -25,6 +25,10 @@ from flaxpretrain.training.schedules import Polynomial, Stage, Stages
 FIRST, SECOND = 7_038, 1_563
 
 
+POD = "v5e:16x16"
+"""The TPU slice that tools/compile_all.py compiles this recipe for."""
+
+
 def recipe() -> Run:
     """24 layers x 1024, 16 heads, feed-forward 4096, vocabulary 30,522."""
     return Run(
@@ -39,9 +43,9 @@ def recipe() -> Run:
         data=Data(layout=Blocks()),
         optimizer=LAMB(6e-3, weight_decay=0.01, eps=1e-6, clip_norm=1.0),
         schedule=Stages(
-            (
-                Stage(Polynomial(warmup_share=0.284, power=0.5), steps=FIRST),
-                Stage(Polynomial(warmup_share=0.128, power=0.5), scale=4e-3 / 6e-3),
+            stages=(
+                Stage(schedule=Polynomial(warmup_share=0.284, power=0.5), steps=FIRST),
+                Stage(schedule=Polynomial(warmup_share=0.128, power=0.5), scale=4e-3 / 6e-3),
             )
         ),
         guard=Guard(),

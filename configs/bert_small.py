@@ -18,6 +18,9 @@ from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.optimizers import AdamW
 from flaxpretrain.training.schedules import WarmupLinear
 
+POD = "v5e:1x1"
+"""The TPU slice that tools/compile_all.py compiles this recipe for."""
+
 
 def recipe() -> Run:
     """12 layers x 256, 4 heads, feed-forward 1024, vocabulary 8,000; 128 rows of 128."""

@@ -18,6 +18,9 @@ from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.optimizers import AdamW
 from flaxpretrain.training.schedules import WarmupLinear
 
+POD = "v5e:1x1"
+"""The TPU slice that tools/compile_all.py compiles this recipe for."""
+
 
 def recipe() -> Run:
     """2 layers x 128, 2 heads, feed-forward 512; 32 rows of 128."""

@@ -23,6 +23,9 @@ from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.optimizers import AdamW
 from flaxpretrain.training.schedules import Polynomial
 
+POD = "v5e:4x8"
+"""The TPU slice that tools/compile_all.py compiles this recipe for."""
+
 
 def recipe() -> Run:
     """12 layers x 768, 12 heads, feed-forward 3072, vocabulary 50,265, no segment types."""

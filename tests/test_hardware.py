@@ -1,0 +1,49 @@
+"""Every device kind that jax is known to report finds its own peak, and no other."""
+
+import pytest
+
+from flaxpretrain.hardware import PEAKS, peak_of
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [
+        ("TPU v2", "TPU v2 core"),
+        ("TPU v3", "TPU v3 core"),
+        ("TPU v4", "TPU v4"),
+        ("TPU v5 lite", "TPU v5e"),
+        ("TPU v5e", "TPU v5e"),
+        ("TPU v5", "TPU v5p"),
+        ("TPU v5p", "TPU v5p"),
+        ("TPU v6 lite", "TPU v6e"),
+        ("TPU v6e", "TPU v6e"),
+        ("TPU7x", "TPU7x core"),
+        ("NVIDIA GB200", "B200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("Tesla V100-SXM2-16GB", "V100 (float16)"),
+        ("Tesla T4", "T4 (float16)"),
+    ],
+)
+def test_a_device_kind_has_its_peak(device_kind, name):
+    peak = peak_of(device_kind)
+    assert peak is not None and peak.name == name
+
+
+@pytest.mark.parametrize(
+    "device_kind", ["cpu", "TPU v4 lite", "NVIDIA L40", "NVIDIA A30", "AMD Instinct MI300X"]
+)
+def test_an_unknown_kind_has_none_rather_than_a_relative_s(device_kind):
+    assert peak_of(device_kind) is None

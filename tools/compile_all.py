@@ -1,0 +1,114 @@
+"""Compiles every recipe for the TPU slice that it names, and keeps a dated record.
+
+    python tools/compile_all.py
+
+Needs the libtpu package, no TPU; one to three minutes a phase on two cores. Recipes whose code has
+not changed since their entry was written are left alone, unless --all is given. The record is
+benchmarks/results/tpu_compile.json; a test fails when an entry is out of date.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rich.console import Console
+from rich.table import Table
+
+from flaxpretrain import program
+from flaxpretrain.analysis.pods import pod_of, source_hash
+from flaxpretrain.analysis.topology import Report, compile_step, prepare_environment
+from flaxpretrain.config import load
+
+RECORD = ROOT / "benchmarks" / "results" / "tpu_compile.json"
+RECIPES = ROOT / "configs"
+
+
+def parser() -> program.Parser:
+    """The arguments."""
+    parser = program.Parser(__doc__)
+    parser.add_argument(
+        "recipes", nargs="*", type=Path, help="only these (default: all of configs/)"
+    )
+    parser.add_argument("--all", action="store_true", help="also those that are up to date")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program; 1 when a recipe does not fit its slice."""
+    arguments = parser().parse_args(argv)
+    prepare_environment()
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    recipes = arguments.recipes or sorted(RECIPES.glob("*.py"))
+    for recipe in recipes:
+        code = source_hash(recipe)
+        if not arguments.all and record.get(recipe.stem, {}).get("source_hash") == code:
+            print(f"{recipe.stem}: up to date", file=sys.stderr)
+            continue
+        record[recipe.stem] = entry(recipe, code)
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
+    Console().print(table(record))
+    misfits = [name for name, e in record.items() if not all(p["fits"] for p in e["phases"])]
+    if misfits:
+        print(f"do not fit: {', '.join(misfits)}", file=sys.stderr)
+    return program.EXIT_BUG if misfits else program.EXIT_OK
+
+
+def entry(recipe: Path, code: str) -> dict:
+    """Compiles the phases of a recipe that differ in shape."""
+    run, pod = load(recipe), pod_of(recipe)
+    reports: dict[tuple, Report] = {}
+    for number, phase in enumerate(run.phases):
+        shape = (phase.length, phase.batch_size, phase.microbatches)
+        if shape not in reports:
+            print(f"{run.name}, phase {number}, {pod} ...", file=sys.stderr, flush=True)
+            reports[shape], _ = compile_step(run, pod, number)
+    return {
+        "source_hash": code,
+        "date": datetime.date.today().isoformat(),
+        "packages": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "phases": [dataclasses.asdict(report) for report in reports.values()],
+    }
+
+
+def table(record: dict) -> Table:
+    """The record for a reader."""
+    table = Table(title="train steps compiled for TPU slices; step, tokens/s and MFU are ESTIMATES")
+    for name in ("recipe", "slice"):
+        table.add_column(name)
+    for name in (
+        "rows x length",
+        "fits",
+        "GiB temp",
+        "all-reduce MB",
+        "ms",
+        "tokens/s/chip",
+        "MFU",
+    ):
+        table.add_column(name, justify="right")
+    for name, values in record.items():
+        for phase in values["phases"]:
+            fits = phase["fits"]
+            bytes_by_kind = phase["collective_bytes"] or {}
+            table.add_row(
+                name,
+                phase["topology"],
+                f"{phase['batch_size']:,} x {phase['length']}",
+                "yes" if fits else "NO",
+                f"{phase['temporary_bytes'] / 2**30:.2f}" if fits else phase["verdict"],
+                f"{bytes_by_kind.get('all-reduce', 0) / 1e6:,.0f}",
+                f"{phase['estimated_step_seconds'] * 1e3:,.1f}" if fits else "",
+                f"{phase['estimated_tokens_per_second_per_chip']:,.0f}" if fits else "",
+                f"{phase['estimated_mfu']:.1%}" if fits else "",
+            )
+    return table
+
+
+if __name__ == "__main__":
+    program.run(main)
