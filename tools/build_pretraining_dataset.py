@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flaxpretrain import program
 from flaxpretrain.data import summary, tokenizers
-from flaxpretrain.data.building import BuildSettings, Provenance, build
+from flaxpretrain.data.building import COMPATIBLE, BuildSettings, Provenance, build
 from flaxpretrain.data.interpreter import InterpreterText
 from flaxpretrain.data.progress import ReadingProgress
 from flaxpretrain.data.sources import FORMATS, Source, text_files
@@ -60,8 +60,9 @@ def parser() -> program.Parser:
     add("--errors", choices=["strict", "replace"], default="strict", help=ERRORS_HELP)
     add("--limit", type=int, help="documents to take; none: all")
     add("--validation-share", type=float, default=0.01, help="part of the documents held out")
-    add("--seed", type=int, default=0, help="of the choice of held-out documents")
+    add("--seed", type=int, default=0, help="of held-out documents, and of --compat's segments")
     add("--max-seq-length", type=int, default=128, help="row length, in tokens, to report on")
+    add("--compat", choices=COMPATIBLE, help=COMPAT_HELP)
     add("--num-processes", type=int, default=os.cpu_count(), help="that encode")
     add("--shard-megabytes", type=int, default=64, help="of token ids in a shard")
     add("--licence", "--license", help="of the text, an SPDX identifier, for the model card")
@@ -79,6 +80,10 @@ ERRORS_HELP = "what to do about bytes that are not UTF-8: stop, or put U+FFFD"
 FORMAT_HELP = (
     "sentences: one a line, blank lines between documents; lines: a document each; files: a "
     "document each (default: sentences)"
+)
+COMPAT_HELP = (
+    "notes in the dataset that rows are to be those of google-research/electra, two segments of "
+    "whole sentences, and prints what they lose; the store itself loses nothing"
 )
 BLANKS_HELP = "False: blank lines are nothing, a file is a document, as --format files"
 
@@ -113,6 +118,7 @@ def main(argv: list[str]) -> None:
         seed=arguments.seed,
         limit=arguments.limit,
         shard_bytes=arguments.shard_megabytes << 20,
+        compat=arguments.compat,
     )
     sources = sources_of(arguments)
     tokenizer = tokenizers.load(

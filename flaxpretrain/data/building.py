@@ -43,6 +43,8 @@ from flaxpretrain.errors import UserError
 
 STATE_FILE = "state.json"
 SPLITS = (TRAIN, VALIDATION)
+COMPATIBLE = ("electra",)
+"""Programs whose rows can be made from a dataset."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,11 @@ class BuildSettings:
     """Documents to take; None takes all."""
     shard_bytes: int = 1 << 26
     """A shard ends with the document that brings its ids to so many bytes."""
+    compat: str | None = None
+    """Whose rows the dataset is meant for: "electra", google-research/electra's, or nobody's.
+
+    The store is the same; `segments.recorded_layout` reads it.
+    """
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
@@ -64,6 +71,8 @@ class BuildSettings:
             raise UserError(f"the limit is a number of documents, 1 or more; got {self.limit}")
         if self.shard_bytes < 1:
             raise UserError(f"shard_bytes is 1 or more; got {self.shard_bytes}")
+        if self.compat not in (None, *COMPATIBLE):
+            raise UserError(f"compat is {' or '.join(COMPATIBLE)}, or None; got {self.compat!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Pipeline:
         if duplication is not None and duplication < 1:
             raise UserError(f"data.duplication must be positive or None; got {duplication}")
         lengths = sorted({phase.length for phase in phases})
-        self.framings = {length: framing_of(length) for length in lengths}
+        self.framings = {length: layout.framing(framing_of(length)) for length in lengths}
         self.plans = {
             length: layout.plan(split, length, framing.specials_per_piece)
             for length, framing in self.framings.items()
@@ -236,6 +236,7 @@ def evaluation_batches(
         raise UserError(
             f"batch_size and limit_rows must be positive; got {batch_size} and {limit_rows}"
         )
+    framing = layout.framing(framing)
     plan = layout.plan(split, framing.length, framing.specials_per_piece)
     index = np.arange(plan.rows_per_epoch)
     if limit_rows is not None and limit_rows < plan.rows_per_epoch:

@@ -38,6 +38,8 @@ class Stream(enum.IntEnum):
     MASK_COUNT = 5
     MASK_REPLACEMENT = 6
     MASK_SHARES = 7
+    SEGMENTS = 8
+    SEGMENT_LENGTH = 9
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from flaxpretrain.data.framing import text_capacity
+from flaxpretrain.data.framing import Framing, text_capacity
 from flaxpretrain.data.packing import Packing, pack
 from flaxpretrain.data.randomness import Stream, fold, permute
 from flaxpretrain.data.store import Split
@@ -91,13 +91,22 @@ class Layout(abc.ABC):
             UserError: the split is empty, or the length leaves no room for text.
         """
 
+    def framing(self, framing: Framing) -> Framing:
+        """What frames these rows where the objective asks for `framing`: that one, as a rule."""
+        return framing
 
-def _checked_capacity(split: Split, length: int, specials_per_piece: int) -> int:
+
+def require_text(split: Split) -> None:
+    """Raises UserError where a split is empty."""
     if split.tokens == 0:
         raise UserError(
             f"split {split.name!r} of the dataset is empty: build the dataset from more text, or "
             "keep a larger share of it for this split"
         )
+
+
+def _checked_capacity(split: Split, length: int, specials_per_piece: int) -> int:
+    require_text(split)
     return text_capacity(length, specials_per_piece)
 
 
@@ -201,4 +210,13 @@ def epoch_keys(seed: int, epoch: Int[Numpy, " B"], stream: Stream) -> np.ndarray
     return fold(fold(root, epoch), int(stream))
 
 
-__all__ = ["BlockPlan", "Blocks", "DocumentPlan", "Documents", "Layout", "RowPlan", "epoch_keys"]
+__all__ = [
+    "BlockPlan",
+    "Blocks",
+    "DocumentPlan",
+    "Documents",
+    "Layout",
+    "RowPlan",
+    "epoch_keys",
+    "require_text",
+]

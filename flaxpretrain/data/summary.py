@@ -3,6 +3,7 @@
 import numpy as np
 
 from flaxpretrain.data.rows import Blocks, Documents
+from flaxpretrain.data.segments import recorded_layout
 from flaxpretrain.data.store import Dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
@@ -51,6 +52,15 @@ def padding(dataset: Dataset, length: int) -> list[str]:
     ):
         plan = layout.plan(split, length, specials)
         lines.append(f"{label}: {plan.rows_per_epoch:,} rows, {plan.padding_share:.2%} padding")
+    compatible = recorded_layout(dataset)
+    if compatible is not None:
+        plan = compatible.plan(split, length, specials)
+        lines.append(
+            f"--compat electra: {plan.rows_per_epoch:,} rows, {plan.padding_share:.2%} padding, "
+            f"{plan.tokens_lost:,} tokens ({plan.tokens_lost / split.tokens:.2%}) lost, "
+            f"{plan.rows_of_two / plan.rows_per_epoch:.1%} of two segments; in a recipe: "
+            f"Data(layout={compatible})"
+        )
     documents = np.diff(split.document_offsets)
     rows = int((-(-documents // (length - specials))).sum())
     alone = 1 - (split.tokens + specials * rows) / (rows * length)

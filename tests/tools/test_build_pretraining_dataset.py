@@ -62,6 +62,19 @@ def test_electras_command_builds_and_says_what_it_built(corpus):
     assert "building: " in errors
 
 
+def test_rows_of_the_original_are_recorded_and_their_losses_told(corpus):
+    flags = ("--max-seq-length", "16", "--compat", "electra", "--seed", "5")
+    code, output, errors = run("build_pretraining_dataset", *build_arguments(corpus, *flags))
+    assert code == 0, errors
+    (line,) = [line for line in output.splitlines() if "--compat electra" in line]
+    assert "tokens (" in line and "% padding" in line and "of two segments" in line
+    assert line.endswith("Data(layout=ElectraSegments(seed=5))")
+    assert open_dataset(corpus.parent / "data").metadata["build"]["compat"] == "electra"
+    # The store is the same; only the note differs.
+    code, _, errors = run("build_pretraining_dataset", *build_arguments(corpus, "--seed", "5"))
+    assert code == 2 and "build.compat: 'electra' there, None wanted" in errors
+
+
 def test_case_and_accents_follow_the_flags(corpus):
     unknown = []
     for flags in (["--no-lower-case"], ["--do-lower-case"]):
