@@ -208,7 +208,7 @@ def from_tf(arguments) -> None:
         tokenizer = tokenizers.load(vocab, arguments.lowercase, arguments.strip_accents)
         tokenizer.save(folder)
         for part, model in models.items():
-            whole = dataclasses.replace(model, tokenizer=Path(folder))
+            whole = with_tokenizer(model, tokenizer, Path(folder), vocab)
             name = f"{prefix.name}, {part}" if len(read.models) > 1 else prefix.name
             if workdir is not None:
                 origin = Origin(name)
@@ -232,6 +232,24 @@ def chosen_parts(
     if part is None and workdir is not None and len(models) > 1:
         raise UserError(f"a workdir holds one network: choose by --part {' or '.join(models)}")
     return models if part is None else {part: models[part]}
+
+
+def with_tokenizer(
+    model: HubModel, tokenizer: tokenizers.Tokenizer, folder: Path, vocab: Path
+) -> HubModel:
+    """The model with the tokenizer in `folder`, whose padding token it takes.
+
+    The original pads with id 0, whatever token that is. Raises UserError where the vocabulary has
+    tokens beyond the model's.
+    """
+    size, pad = model.values["vocab_size"], tokenizer.vocabulary.pad
+    if tokenizer.vocabulary.size > size:
+        raise UserError(
+            f"{vocab} has {tokenizer.vocabulary.size} tokens, but the checkpoint only {size}: name "
+            "the vocabulary that it was trained with by --vocab-file"
+        )
+    values = model.values if pad is None else {**model.values, "pad_token_id": pad}
+    return dataclasses.replace(model, values=values, tokenizer=folder)
 
 
 def write_folder(model: HubModel, tokenizer: Path, folder: Path, name: str, arguments) -> None:

@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out."""
+"""Hugging Face folders in and out, TensorFlow checkpoints in."""

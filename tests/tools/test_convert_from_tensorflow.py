@@ -59,6 +59,17 @@ def test_a_part_of_electra_becomes_a_workdir(convert, tmp_path):
     assert load_pretrained(tmp_path / "w").config.hidden_size == 4
 
 
+def test_the_padding_token_is_the_vocabularys_and_a_larger_vocabulary_is_refused(convert, tmp_path):
+    tokens = (FIXTURES / "vocab.txt").read_text().split()
+    other, larger = tmp_path / "other.txt", tmp_path / "larger.txt"
+    other.write_text("\n".join(tokens[1:4] + tokens[:1] + tokens[4:]) + "\n")
+    convert(BERT, "--workdir", tmp_path / "w", "--vocab-file", other)
+    assert load_pretrained(tmp_path / "w").config.pad_token_id == 3
+    larger.write_text("\n".join([*tokens, "more"]) + "\n")
+    with pytest.raises(UserError, match="larger.txt has 31 tokens, but the checkpoint only 30"):
+        convert(BERT, "--workdir", tmp_path / "v", "--vocab-file", larger)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
