@@ -11,7 +11,9 @@ from flaxpretrain.data.rows import Blocks, Documents
 from flaxpretrain.data.store_writer import write_dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.models.bert import BertConfig
+from flaxpretrain.models.electra import ElectraConfig
 from flaxpretrain.objectives.masked_lm import MaskedLM
+from flaxpretrain.objectives.replaced_tokens import ReplacedTokens, Scaled
 from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.optimizers import AdamW
 from flaxpretrain.training.schedules import WarmupLinear
@@ -34,6 +36,28 @@ def bert(**changes) -> BertConfig:
         ),
         **changes,
     )
+
+
+def electra(**changes) -> ElectraConfig:
+    """An ELECTRA of 2 layers of 32 behind embeddings of 16."""
+    return dataclasses.replace(
+        ElectraConfig(
+            vocab_size=300,
+            embedding_size=16,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        ),
+        **changes,
+    )
+
+
+def replaced_tokens(**changes) -> ReplacedTokens:
+    """ELECTRA's objective at 15 %, with a generator of half the width."""
+    masking = TokenMasking(rate=0.15, count="electra", mask_share=0.85, random_share=0.0)
+    return ReplacedTokens(**({"masking": masking, "generator": Scaled(width=0.5)} | changes))
 
 
 def masked_lm(**changes) -> MaskedLM:

@@ -64,6 +64,11 @@ def fitted_params(model: HubModel, run: Run, *, source: str, say: Callable[[str]
     for note in notes:
         say(f"{source}: {note}")
     new = {id(old): leaf for old, leaf in zip(*map(jax.tree.leaves, (fresh, loaded)), strict=True)}
+    if not new.keys() <= set(map(id, jax.tree.leaves(initial))):
+        raise UserError(
+            f"{source}: {type(run.objective).__name__} does not hold this network's parameters "
+            "as they are (it trains a difference of them, say), so they cannot be taken over"
+        )
     return jax.tree.map(lambda leaf: new.get(id(leaf), leaf), initial)
 
 
@@ -79,7 +84,11 @@ def _fitting_part(model: HubModel, run: Run, params: PyTree, source: str) -> tup
     """The first of the run's networks that computes what the source's weights are made for."""
     theirs = config_class(model.values.get("model_type"))
     problems = []
-    for config, subtree in run.objective.parts(run.model, params).values():
+    parts = list(run.objective.parts(run.model, params).values())
+    # Of two networks of one size, the one with the source's heads.
+    heads = theirs.architectures.get((model.values.get("architectures") or [None])[0])
+    parts.sort(key=lambda part: getattr(part[0], "heads", None) != heads)
+    for config, subtree in parts:
         if not isinstance(config, theirs):
             problems.append(
                 f"it is a {model.values.get('model_type')}, the run trains a {config.model_type}"

@@ -20,7 +20,6 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.evaluation import ngrams
 from flaxpretrain.evaluation.subject import Subject
 from flaxpretrain.models.functional import Execution, model_of
-from flaxpretrain.objectives.masked_lm import MaskedLM
 from flaxpretrain.objectives.objective import Objective, perplexity
 from flaxpretrain.shapes import Batch
 from flaxpretrain.training import sharding
@@ -94,11 +93,12 @@ def settings_of(
     if longest is not None and length > longest:
         raise UserError(f"--length {length}: {subject.name} has positions for {longest} tokens")
     if rate is not None:
-        if not isinstance(objective, MaskedLM):
+        masking = getattr(objective, "masking", None)
+        if masking is None:
             name = type(objective).__name__
             raise UserError(f"--rate {rate}: {subject.name} was trained by {name}, without a rate")
-        masking = dataclasses.replace(objective.masking, rate=rate)
-        objective = dataclasses.replace(objective, masking=masking)
+        changed: Any = {"masking": dataclasses.replace(masking, rate=rate)}
+        objective = dataclasses.replace(objective, **changed)
     return FixedMasks(
         objective=objective,
         layout=run.data.layout,
@@ -177,7 +177,8 @@ def _placed(subject: Subject, mesh: jax.sharding.Mesh) -> Any:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), subject.params)
     nothing: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step=nothing, params=abstract, opt_state=(), key=nothing)
-    rules = getattr(subject.run.model, "sharding", ())
+    run = subject.run
+    rules = (*run.objective.sharding, *getattr(run.model, "sharding", ()))
     shardings = sharding.state_shardings(state, rules, mesh).params
     return jax.tree.map(jax.device_put, subject.params, shardings)
 

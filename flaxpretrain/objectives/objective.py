@@ -48,6 +48,9 @@ class Objective(abc.ABC):
     groups: ClassVar[Mapping[str, str]] = {}
     """Parameter path regex -> optimizer group, for objectives that train two networks."""
 
+    sharding: ClassVar[tuple[Any, ...]] = ()
+    """Rules, beside the architecture's, for parameters that the objective adds to the model's."""
+
     @abc.abstractmethod
     def framing(self, vocabulary: Vocabulary, length: int) -> Framing:
         """The frozen, numpy-only value that turns rows into batches of this objective."""

@@ -112,7 +112,7 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
         optimizer = guarded(optimizer, run.guard)
     make = functools.partial(_initial_state, run, model, optimizer)
     abstract = jax.eval_shape(make)
-    rules = getattr(run.model, "sharding", ())
+    rules = (*run.objective.sharding, *getattr(run.model, "sharding", ()))
     shardings = sharding.state_shardings(abstract, rules, mesh)
     state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
