@@ -29,7 +29,7 @@ class Exported:
     """What an export wrote.
 
     dropped: parameters that the exported class has no place for.
-    difference: largest absolute difference of an output from Transformers'; None if unchecked.
+    comparison: of the outputs with those of Transformers; None if there was none.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Exported:
     parameters: int
     bytes: int
     dropped: tuple[str, ...]
-    difference: float | None
+    comparison: check.Comparison | None
 
     def lines(self) -> list[str]:
         """The same for a reader."""
@@ -48,12 +48,13 @@ class Exported:
         ]
         if self.dropped:
             lines.append(f"dropped, not part of the exported class: {', '.join(self.dropped)}")
-        if self.difference is None:
-            lines.append("outputs not compared with Transformers: that needs torch")
+        if self.comparison is None:
+            why = "not asked for" if check.torch_is_installed() else "that needs torch"
+            lines.append(f"outputs not compared with Transformers: {why}")
         else:
             lines.append(
-                f"outputs equal those of Transformers within {self.difference:.1e} "
-                f"(largest absolute difference; the limit is {check.TOLERANCE:.0e})"
+                f"outputs equal those of Transformers within {self.comparison.difference:.1e} "
+                f"(largest absolute difference; the limit is {self.comparison.limit:.1e})"
             )
         return lines
 
@@ -98,7 +99,7 @@ def export(
         files = write_tensors(folder, tensors, max_shard_bytes)
         card = model_card(facts, values, count, mask if "mlm" in config.heads else None)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        difference = _compared(folder, config, params) if compare else None
+        comparison = _compared(folder, config, params) if compare else None
     return Exported(
         folder=output,
         files=tuple(files),
@@ -106,7 +107,7 @@ def export(
         parameters=count,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         dropped=dropped,
-        difference=difference,
+        comparison=comparison,
     )
 
 
@@ -143,17 +144,17 @@ def _check_tokenizer(folder: Path, config: Any) -> str | None:
     return mask.get("content") if isinstance(mask, dict) else mask
 
 
-def _compared(folder: Path, config: Any, params: PyTree) -> float | None:
+def _compared(folder: Path, config: Any, params: PyTree) -> check.Comparison | None:
     if not check.torch_is_installed():
         return None
-    difference = check.maximum_difference(folder, config, params)
-    if not difference <= check.TOLERANCE:
+    found = check.compare(folder, config, params)
+    if not found.difference <= found.limit:
         raise UserError(
             f"the exported model computes something else than this one: outputs differ by "
-            f"{difference:.3g}, more than {check.TOLERANCE:.0e}; nothing was written. Weights that "
-            "are not finite or very large do that too"
+            f"{found.difference:.3g}, more than {found.limit:.1e}; nothing was written. Weights "
+            "that are not finite do that too"
         )
-    return difference
+    return found
 
 
 @contextlib.contextmanager

@@ -175,12 +175,28 @@ def _check_same_run(
                 f"{workdir} holds checkpoints of another run; choose another --workdir, or undo: "
                 + "; ".join(lines)
             )
+    elif metadata.get("model") is not None:
+        _check_same_model(metadata["model"], run, workdir)
     if metadata["dataset"] not in (None, identity):
         raise UserError(
             f"the checkpoints in {workdir} were trained on another dataset (identity "
             f"{metadata['dataset'][:12]}, now {identity[:12]}): give the one they were trained on"
         )
     _check_past(metadata, phases, workdir)
+
+
+def _check_same_model(model: Mapping[str, Any], run: Run, workdir: Path) -> None:
+    """Imported weights must go on computing what they were made for; how they train is free."""
+    lines = [
+        line
+        for line in differences({"model": model}, {"model": render(run.model)})
+        if "dropout" not in line and "initializer_range" not in line
+    ]
+    if lines:
+        raise UserError(
+            f"{workdir} holds the weights of another model than the run's; choose another "
+            "--workdir, import them with --recipe, or undo: " + "; ".join(lines)
+        )
 
 
 def _check_past(metadata: Mapping[str, Any], phases: tuple[Phase, ...], workdir: Path) -> None:

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from flaxpretrain.conversion import check
 from flaxpretrain.conversion.card import Facts
-from flaxpretrain.conversion.export import export
+from flaxpretrain.conversion.export import export, to_host
 from flaxpretrain.conversion.folders import adapt_tokenizer, copy_tokenizer
 from flaxpretrain.data import tokenizers
 from flaxpretrain.errors import UserError
@@ -34,7 +36,7 @@ def test_auto_classes_load_it_without_a_word(checkpoint, tmp_path):
     from transformers import AutoModelForMaskedLM
 
     made = exported(checkpoint, tmp_path / "hf", compare=False)
-    assert made.difference is None
+    assert made.comparison is None
     model, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     # A tied decoder is not stored twice.
@@ -63,7 +65,7 @@ def test_shards_load_as_one_file_does(checkpoint, tmp_path):
 
     made = exported(checkpoint, tmp_path / "shards", max_shard_bytes=20_000)
     assert len(made.files) > 3 and made.files[-1] == "model.safetensors.index.json"
-    assert made.difference <= LOGITS_FLOAT32
+    assert made.comparison.difference <= LOGITS_FLOAT32
     exported(checkpoint, tmp_path / "whole")
     split, whole = (
         AutoModelForMaskedLM.from_pretrained(tmp_path / name).eval() for name in ("shards", "whole")
@@ -108,7 +110,7 @@ def test_tokenizers_of_known_models_survive(name, test_data, tmp_path):
 def test_it_reports_what_it_did(checkpoint, tmp_path):
     lines = "\n".join(exported(checkpoint, tmp_path / "hf").lines())
     assert "42 tensors, 12,595 parameters, 0.1 MB in model.safetensors" in lines
-    assert "within" in lines and "the limit is 2e-05" in lines
+    assert "within" in lines and "the limit is 2.0e-05" in lines
 
 
 def test_existing_output_is_refused_unless_asked(checkpoint, tmp_path):
@@ -130,8 +132,8 @@ def test_a_folder_of_something_else_is_never_overwritten(checkpoint, tmp_path):
 
 
 def test_outputs_that_differ_leave_nothing_behind(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "maximum_difference", lambda *_: 0.5)
-    with pytest.raises(UserError, match="outputs differ by 0.5, more than 2e-05"):
+    monkeypatch.setattr(check, "compare", lambda *_: check.Comparison(0.5, 2e-5))
+    with pytest.raises(UserError, match="outputs differ by 0.5, more than 2.0e-05"):
         exported(checkpoint, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
@@ -140,14 +142,15 @@ def test_the_comparison_notices_wrong_weights(checkpoint, tmp_path):
     config, params = checkpoint.part(None)
     exported(checkpoint, tmp_path / "hf")
     spoilt = {**params, "mlm_head": {**params["mlm_head"], "bias": params["mlm_head"]["bias"] + 1}}
-    assert check.maximum_difference(tmp_path / "hf", config, spoilt) > 0.5
+    assert check.compare(tmp_path / "hf", config, spoilt).difference > 0.5
     nan = {
         **params,
         "mlm_head": {**params["mlm_head"], "bias": params["mlm_head"]["bias"] * np.nan},
     }
-    assert check.maximum_difference(tmp_path / "hf", config, nan) == float("inf")
+    assert check.compare(tmp_path / "hf", config, nan).difference == float("inf")
+    assert check.compare(tmp_path / "hf", config, params).limit == check.TOLERANCE
     other = dataclasses.replace(config, layer_norm_eps=1e-2)
-    assert check.maximum_difference(tmp_path / "hf", other, params) > LOGITS_FLOAT32
+    assert check.compare(tmp_path / "hf", other, params).difference > LOGITS_FLOAT32
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(checkpoint, tmp_path):
@@ -180,4 +183,19 @@ def test_export_needs_no_torch(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "outputs not compared with Transformers: that needs torch" in done.stdout
     config, params = checkpoint.part(None)
-    assert check.maximum_difference(tmp_path / "hf", config, params) <= LOGITS_FLOAT32
+    assert check.compare(tmp_path / "hf", config, params).difference <= LOGITS_FLOAT32
+
+
+def test_parameters_fetched_from_devices_are_copies():
+    """The train step writes its result where its input lay; a push still has to read the old."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = {"split": jax.device_put(jnp.arange(16.0), rows), "whole": jnp.arange(4.0)}
+    fetched = to_host(params)
+    for leaf in jax.tree.leaves(fetched):
+        assert isinstance(leaf, np.ndarray) and leaf.flags.owndata
+    jax.block_until_ready(
+        jax.jit(lambda p: jax.tree.map(jnp.negative, p), donate_argnums=0)(params)
+    )
+    np.testing.assert_array_equal(fetched["split"], np.arange(16.0))
+    np.testing.assert_array_equal(fetched["whole"], np.arange(4.0))

@@ -57,9 +57,7 @@ def test_the_exported_tokenizer_gives_the_ids_of_the_dataset(data, tmp_path):
 
 def test_a_dataset_with_another_padding_token_is_refused(data, tmp_path):
     model = toys.bert(vocab_size=speech.run(data).model.vocab_size, pad_token_id=3)
-    with pytest.raises(
-        UserError, match="is 0, but model.pad_token_id is 3: add --set model.pad"
-    ):
+    with pytest.raises(UserError, match="is 0, but model.pad_token_id is 3: add --set model.pad"):
         train(speech.run(data, model=model), tmp_path)
 
 

@@ -51,7 +51,8 @@ def test_in_and_out_is_the_same_model(name, tmp_path):
     config, params = checkpoint.part(None)
     exported = export(config, params, checkpoint.tokenizer, tmp_path / "out", Facts(name="test"))
 
-    assert exported.difference is not None and exported.difference <= LOGITS_FLOAT32
+    assert exported.comparison is not None
+    assert exported.comparison.difference <= LOGITS_FLOAT32
     before, after = read_tensors(tmp_path / "original"), read_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for tensor, value in before.items():

@@ -1,5 +1,6 @@
 """tools/convert_checkpoint.py as its users run it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_training_goes_on_from_an_imported_model(convert, exported, data, tmp_pa
     moved = np.abs(end["embeddings"]["words"] - start["embeddings"]["words"]).max()
     # Two small steps from the imported weights, not from random ones.
     assert 0 < moved < 0.01
+
+
+def test_an_imported_model_trains_only_in_a_run_that_computes_the_same(
+    convert, exported, data, tmp_path
+):
+    convert("from-hf", exported, "--workdir", tmp_path / "w")
+    run = speech.run(data, 2)
+    other = dataclasses.replace(run.model, layer_norm_eps=1e-3)
+    with pytest.raises(UserError, match="model.layer_norm_eps: 1e-12 -> 0.001"):
+        train(dataclasses.replace(run, model=other), tmp_path / "w", quiet=True)
+    without_dropout = dataclasses.replace(run.model, hidden_dropout_prob=0.0)
+    assert train(dataclasses.replace(run, model=without_dropout), tmp_path / "w", quiet=True) == 0
 
 
 def test_steps_may_be_chosen(convert, data, tmp_path):
