@@ -1,6 +1,7 @@
 """How every program starts and ends: arguments, exit codes, one line for a mistake."""
 
 import argparse
+import importlib.metadata
 import os
 import signal
 import sys
@@ -40,8 +41,23 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     pass
 
 
+YNN_OFF = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+def avoid_known_faults() -> None:
+    """Sets XLA flags against faults of the installed jax; before jax touches a device.
+
+    jax 0.10 computes wrong gradients on the CPU in some batched products: values of one segment
+    reach another through XLA's YNNPACK fusions (seen with 0.10.2, gone in 0.12.0).
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if importlib.metadata.version("jax").startswith("0.10.") and YNN_OFF not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {YNN_OFF}".strip()
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and code 2."""
+    avoid_known_faults()
     argv = sys.argv[1:]
     name = os.path.basename(sys.argv[0])
     # A reader that closes our pipe early (`| head`) is no error of ours.

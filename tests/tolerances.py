@@ -18,3 +18,19 @@ LOSS_REORDERED = 1e-5
 
 EVALUATION_ANYWHERE = 1e-6
 """Relative difference of an evaluation's figures at another batch size or on other devices."""
+
+REMAT_FLOAT32 = 2e-6
+"""Values and gradients near 1 of a network recomputed, unrolled or looped, in float32."""
+
+FLASH_FLOAT32 = 2e-5
+"""Outputs and gradients near 1 of a flash kernel against plain softmax attention, in float32."""
+
+PIECES_FLOAT32 = 5e-6
+"""Hidden states near 1 of a piece alone against the same piece in a packed row, in float32."""
+
+FLOPS_COUNTED = 0.04
+"""Relative difference of a FLOP formula from XLA's count of an unrolled network: XLA also counts
+elementwise work and the first layer's unneeded input gradient is not computed."""
+
+COLLECTIVE_BYTES = 1.001
+"""Bytes that a data-parallel step reduces over those of its gradient: the loss sums come along."""

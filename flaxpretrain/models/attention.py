@@ -76,7 +76,7 @@ def splash_attention(
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 0), after, (0, 0))) for x in (query, key, value)
         )
-        segment_ids = jnp.pad(segment_ids, ((0, 0), after))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), after), constant_values=-1)
     block = math.gcd(padded, 4 * SPLASH_BLOCK)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((padded, padded))] * query.shape[1]),
