@@ -30,6 +30,7 @@ __all__ = [
     "differences",
     "load",
     "load_recipe",
+    "overridden",
     "override",
     "parse",
     "ramp",
@@ -262,7 +263,11 @@ def load_recipe(path: str | Path) -> Run:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """The recipe at `path` with overrides such as `model.hidden_size=64` applied in order."""
-    run = load_recipe(path)
+    return overridden(load_recipe(path), overrides)
+
+
+def overridden(run: Run, overrides: Sequence[str]) -> Run:
+    """The run with overrides such as `model.hidden_size=64` applied in order."""
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:

@@ -3,23 +3,32 @@
 A workdir that holds checkpoints is resumed; the same command goes on where the last one stopped.
 Exit codes: 0 done; 1 a bug of ours; 2 a mistake of yours; 3 loss not finite; 75 stopped on
 request and saved.
+
+Without RECIPE, --data-dir, --model-name and --hparams mean what they mean in google-research's
+ELECTRA: the dataset is in the first, all output goes to models/ in it.
 """
 
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from flaxpretrain import program
 from flaxpretrain.analysis.plan import print_plan
-from flaxpretrain.config import Run, load
+from flaxpretrain.config import Run, dataset_folder, load, overridden
 from flaxpretrain.conversion.init_from import weights_from
+from flaxpretrain.data.store import open_dataset
+from flaxpretrain.electra_hparams import HParams, notes_of, read_hparams, run_of
 from flaxpretrain.errors import UserError
+from flaxpretrain.evaluation.fixed_masks import evaluate, settings_of
+from flaxpretrain.evaluation.subject import open_subject
 from flaxpretrain.training import sharding
 from flaxpretrain.training.loop import NotFinite, train
 
@@ -27,7 +36,9 @@ from flaxpretrain.training.loop import NotFinite, train
 def parser() -> program.Parser:
     """The arguments of run_pretraining.py."""
     parser = program.Parser(__doc__)
-    parser.add_argument("recipe", metavar="RECIPE", help="a Python file with recipe() -> Run")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a Python file with recipe() -> Run"
+    )
     parser.add_argument(
         "--workdir", type=Path, help="all output goes here (default: runs/<recipe's name>)"
     )
@@ -40,6 +51,14 @@ def parser() -> program.Parser:
         help="change a field of the recipe, such as steps=60 or model.hidden_size=64; repeatable",
     )
     parser.add_argument("--data-dir", type=Path, help="folder of the dataset (data.folder)")
+    parser.add_argument(
+        "--model-name", help="without RECIPE: the workdir is models/MODEL_NAME in --data-dir"
+    )
+    parser.add_argument(
+        "--hparams",
+        metavar="JSON",
+        help="without RECIPE: an object of ELECTRA's hparams, as text or a path to a .json",
+    )
     parser.add_argument(
         "--init-from",
         metavar="DIR_OR_HUB_ID",
@@ -70,16 +89,28 @@ def main(argv: list[str]) -> int:
     sharding.initialize_distributed(
         arguments.coordinator, arguments.num_processes, arguments.process_id
     )
-    run = load(arguments.recipe, arguments.overrides)
-    if arguments.data_dir is not None:
-        data = dataclasses.replace(run.data, folder=str(arguments.data_dir))
-        run = dataclasses.replace(run, data=data)
-    workdir = arguments.workdir or Path("runs") / run.name
+    hparams = None
+    if arguments.recipe is None:
+        hparams = _hparams(arguments)
+        run = overridden(
+            run_of(hparams, arguments.model_name, arguments.data_dir), arguments.overrides
+        )
+        workdir = arguments.workdir or arguments.data_dir / "models" / arguments.model_name
+    else:
+        _no_hparams(arguments)
+        run = load(arguments.recipe, arguments.overrides)
+        if arguments.data_dir is not None:
+            data = dataclasses.replace(run.data, folder=str(arguments.data_dir))
+            run = dataclasses.replace(run, data=data)
+        workdir = arguments.workdir or Path("runs") / run.name
     if arguments.dry_run:
         print_plan(run, workdir)
         return program.EXIT_OK
     say_devices(run, arguments.allow_cpu)
     _use_compile_cache(workdir)
+    if hparams is not None and not hparams.do_train:
+        evaluate_workdir(workdir, run, hparams)
+        return program.EXIT_OK
     initial = None
     if arguments.init_from is not None:
         initial = functools.partial(
@@ -90,10 +121,57 @@ def main(argv: list[str]) -> int:
         )
     command = "python run_pretraining.py " + shlex.join(_public(argv))
     try:
-        return train(run, workdir, initial_params=initial, command=command, quiet=arguments.quiet)
+        code = train(run, workdir, initial_params=initial, command=command, quiet=arguments.quiet)
     except NotFinite as error:
         print(f"run_pretraining.py: {error}", file=sys.stderr)
         return program.EXIT_NOT_FINITE
+    if hparams is not None and hparams.do_eval and code == program.EXIT_OK:
+        evaluate_workdir(workdir, run, hparams)
+    return code
+
+
+def _hparams(arguments: Any) -> HParams:
+    """The hparams of a command without a recipe."""
+    for name in ("data_dir", "model_name"):
+        if getattr(arguments, name) is None:
+            raise UserError(
+                "give a RECIPE such as configs/quickstart.py, or, as with the original ELECTRA, "
+                f"--data-dir, --model-name and --hparams; --{name.replace('_', '-')} is missing"
+            )
+    if Path(arguments.model_name).name != arguments.model_name:
+        raise UserError(
+            f"--model-name: expected a name without folders; got {arguments.model_name!r}"
+        )
+    text = arguments.hparams or "{}"
+    hparams = read_hparams(text)
+    for line in notes_of(text):
+        print(line, file=sys.stderr)
+    return hparams
+
+
+def _no_hparams(arguments: Any) -> None:
+    for name in ("model_name", "hparams"):
+        if getattr(arguments, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} takes the place of a RECIPE, but there is one, "
+                f"{arguments.recipe}: leave one of them out, or change the recipe's fields by --set"
+            )
+
+
+def evaluate_workdir(workdir: Path, run: Run, hparams: HParams) -> None:
+    """Prints the figures of a workdir's newest checkpoint, and writes them to eval_results.json."""
+    subject = open_subject(workdir)
+    rows = hparams.num_eval_steps * hparams.eval_batch_size
+    settings = settings_of(subject, max_rows=rows)
+    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    dataset = open_dataset(dataset_folder(run, workdir))
+    figures = evaluate(subject, dataset, settings, mesh, hparams.eval_batch_size)
+    figures = {"global_step": subject.step, **figures}
+    if jax.process_index() != 0:
+        return
+    for name, value in figures.items():
+        print(f"{name} = {value}")
+    (workdir / "eval_results.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def say_devices(run: Run, allow_cpu: bool) -> None:

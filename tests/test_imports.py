@@ -27,7 +27,8 @@ ALL_BUT_ANALYSIS = set().union(*MAY_IMPORT.values())
 MAY_IMPORT |= {
     "evaluation": ALL_BUT_ANALYSIS | {"evaluation"},
     "analysis": ALL_BUT_ANALYSIS | {"analysis"},
-    "main": ALL_BUT_ANALYSIS | {"evaluation", "analysis"},
+    "electra_hparams": LEARNING | {"training"},
+    "main": ALL_BUT_ANALYSIS | {"evaluation", "analysis", "electra_hparams"},
 }
 MAY_IMPORT |= {name: BELOW for name in BELOW}
 
