@@ -34,3 +34,6 @@ elementwise work and the first layer's unneeded input gradient is not computed."
 
 COLLECTIVE_BYTES = 1.001
 """Bytes that a data-parallel step reduces over those of its gradient: the loss sums come along."""
+
+GRADIENTS_FLOAT32 = 5e-6
+"""Largest absolute difference of gradients up to about 1 from PyTorch's, float32 on the CPU."""
