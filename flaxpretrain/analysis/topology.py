@@ -301,7 +301,7 @@ def out_of_memory(message: str) -> str | None:
     """The compiler's sentence about memory in an error; None for another error."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
-    found = re.search(r"Ran out of memory[^\n]*?(?=\.(?:\s|$))", message)
+    found = re.search(r"Ran out of memory(?:[^\n]*?\d[KMGT]){2}[^\n]*?(?=\.(?:\s|$))", message)
     return found.group() if found else " ".join(message.split())[:200]
 
 

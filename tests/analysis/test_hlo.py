@@ -1,15 +1,24 @@
-"""Reading a compiled program: loops times trips, fusions by their own cycles, collectives by kind."""
+"""Reading a compiled program: loops by their trips, fusions by their cycles, collectives."""
+
+import re
 
 import pytest
 
 from flaxpretrain.analysis import hlo
 
-PROGRAM = """HloModule jit_step, is_scheduled=true
+
+def with_cycles(text):
+    """`cycles=N` as the compiler writes it."""
+    estimate = r'backend_config={"window_config":{"estimated_cycles":"\1"}}'
+    return re.sub(r"cycles=(\d+)", estimate, text)
+
+
+PROGRAM = with_cycles("""HloModule jit_step, is_scheduled=true
 
 %fused (a: bf16[8,4], b: bf16[4,16]) -> bf16[8,16] {
   %a = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
   %b = bf16[4,16]{1,0} parameter(1)
-  ROOT %product = bf16[8,16]{1,0} convolution(%a, %b), dim_labels=bf_io->bf, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  ROOT %product = bf16[8,16]{1,0} convolution(%a, %b), dim_labels=bf_io->bf, cycles=1000
 }
 
 %condition (state: (s32[], bf16[8,4])) -> pred[] {
@@ -23,7 +32,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %state.1 = (s32[]{:T(128)}, /*index=1*/bf16[8,4]{1,0}) parameter(0)
   %rows = bf16[8,4]{1,0} get-tuple-element(%state.1), index=1
   %table = bf16[4,16]{1,0} constant({...})
-  %fusion = bf16[8,16]{1,0} fusion(%rows, %table), kind=kOutput, calls=%fused, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %fusion = bf16[8,16]{1,0} fusion(%rows, %table), kind=kOutput, calls=%fused, cycles=10
   ROOT %next = (s32[]{:T(128)}, bf16[8,4]{1,0}) tuple(%state.1)
 }
 
@@ -35,9 +44,9 @@ ENTRY %main (p: bf16[8,4]) -> f32[2,8] {
   %shard = f32[2,4]{1,0} parameter(1)
   %scattered = f32[2,4]{1,0} reduce-scatter(%whole), dimensions={0}
   %whole = f32[8,4]{1,0} parameter(2)
-  ROOT %copy = f32[2,8]{1,0} copy(%whole), backend_config={"window_config":{"estimated_cycles":"5"}}
+  ROOT %copy = f32[2,8]{1,0} copy(%whole), cycles=5
 }
-"""
+""")
 
 
 @pytest.fixture
@@ -76,7 +85,9 @@ def kernel(name, outputs="bf16[16,12,512,64]{3,2,1,0}", cost=""):
 
 ENTRY %main (q: bf16[16,12,512,64]) -> bf16[16,12,512,64] {{
   %q = {operand} parameter(0)
-  ROOT %{name}.1 = ({outputs}) custom-call(%q, %q), custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,1,1]{{2,1,0}}, {operand}, {operand}, {operand}}}, frontend_attributes={{kernel_metadata={{
+  ROOT %{name}.1 = ({outputs}) custom-call(%q, %q), custom_call_target="tpu_custom_call",
+operand_layout_constraints={{s8[1,1,1]{{2,1,0}}, {operand}, {operand}, {operand}}},
+frontend_attributes={{kernel_metadata={{
 }}}}, backend_config={{"custom_call_config":{{"body":"x"{cost}}}}}
 }}
 """
