@@ -227,7 +227,8 @@ class FillMask:
             return
         folder = session.dataset.folder / TOKENIZER_FOLDER
         filler = MaskFiller(config, params, folder, special=self.special)
-        console = Console()
+        # Where `say` writes to: colours are for a terminal only.
+        console = Console(stderr=True)
         for filled in filler.fill(self.sentences, self.top_k):
             with console.capture() as captured:
                 show(filled, console)
