@@ -3,8 +3,8 @@
     python run_pretraining.py configs/bert_large_lamb.py --data-dir DATA
 
 DATA is made by tools/build_pretraining_dataset.py with the vocabulary of bert-base-uncased. For a
-TPU pod slice: 65,536 rows a step are 256 rows a chip on 256 chips; fewer chips want more
-microbatches (--set phases.0.microbatches=16).
+TPU pod slice: on 256 chips of v5e a step's 65,536 rows are 256 rows a chip, which fit in 4
+microbatches (8 in the second phase); fewer chips want more (--set phases.0.microbatches=16).
 
 The numbers are those of NVIDIA's DeepLearningExamples (PyTorch/LanguageModeling/BERT), which follow
 the LAMB paper, https://arxiv.org/abs/1904.00962: learning rate 6e-3 then 4e-3, polynomial decay of
@@ -50,8 +50,8 @@ def recipe() -> Run:
         ),
         guard=Guard(),
         phases=(
-            Phase(steps=FIRST, length=128, batch_size=65_536),
-            Phase(steps=SECOND, length=512, batch_size=32_768, microbatches=2),
+            Phase(steps=FIRST, length=128, batch_size=65_536, microbatches=4),
+            Phase(steps=SECOND, length=512, batch_size=32_768, microbatches=8),
         ),
         precision=Precision(compute="bfloat16"),
         remat="dots",

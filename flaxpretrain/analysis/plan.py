@@ -37,7 +37,8 @@ ASSUMED_CPU_FLOPS_PER_SECOND = 60e9
 def print_plan(run: Run, workdir: Path, console: Console | None = None) -> None:
     """Prints the rendered recipe, parameters, devices, cost, and the learning rate over steps."""
     console = console or Console(width=100)
-    console.print(json.dumps(render(run), indent=2), highlight=False, markup=False)
+    text = json.dumps(render(run), indent=2)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     dataset = _dataset_if_built(run, workdir)
     phases = _phases(run, dataset)
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
@@ -45,7 +46,7 @@ def print_plan(run: Run, workdir: Path, console: Console | None = None) -> None:
     console.print(parameter_table(assembly))
     vocabulary = dataset.vocabulary if dataset else stand_in_vocabulary(run)
     for line in cost_lines(assembly, phases, vocabulary, dataset):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(schedule_picture(run, total_steps(phases)), highlight=False, markup=False)
 
 
