@@ -35,7 +35,7 @@ POD = "v5e:1x1"
 
 
 def recipe() -> Run:
-    """4 layers x 128, 4 heads, feed-forward 512, vocabulary 4,096; 64 rows of 64.
+    """2 layers x 128, 4 heads, feed-forward 512, vocabulary 4,096; 64 rows of 64.
 
     Muon and wide initial weights bring a small model off the unigram plateau in a hundred steps,
     where AdamW with BERT's would stay on it.
@@ -54,7 +54,7 @@ def recipe() -> Run:
         model=BertConfig(
             vocab_size=4_096,
             hidden_size=128,
-            num_hidden_layers=4,
+            num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=512,
             max_position_embeddings=64,
@@ -65,10 +65,10 @@ def recipe() -> Run:
         # Twice BERT's rate teaches twice as much a step; it is evaluated at BERT's own.
         objective=MaskedLM(masking=TokenMasking(rate=0.3)),
         data=Data(layout=Blocks()),
-        optimizer=Muon(4e-3, weight_decay=0.1),
+        optimizer=Muon(1e-2, adam_rate=0.3, weight_decay=0.1),
         schedule=WarmupLinear(warmup_share=0.1),
         guard=Guard(),
-        phases=(Phase(steps=400, length=64, batch_size=64),),
+        phases=(Phase(steps=500, length=64, batch_size=64),),
         evaluations=(
             FixedNoise(
                 every_steps=100,
