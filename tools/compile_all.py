@@ -43,21 +43,34 @@ def main(argv: list[str]) -> int:
     """Runs the program; 1 when a recipe does not fit its slice."""
     arguments = parser().parse_args(argv)
     prepare_environment()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     recipes = arguments.recipes or sorted(RECIPES.glob("*.py"))
     for recipe in recipes:
         code = source_hash(recipe)
-        if not arguments.all and record.get(recipe.stem, {}).get("source_hash") == code:
+        if not arguments.all and read().get(recipe.stem, {}).get("source_hash") == code:
             print(f"{recipe.stem}: up to date", file=sys.stderr)
             continue
-        record[recipe.stem] = entry(recipe, code)
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
+        new = entry(recipe, code)
+        # Read again: another process may have compiled other recipes meanwhile.
+        keep(read() | {recipe.stem: new})
+    record = read()
     Console().print(table(record))
     misfits = [name for name, e in record.items() if not all(p["fits"] for p in e["phases"])]
     if misfits:
         print(f"do not fit: {', '.join(misfits)}", file=sys.stderr)
     return program.EXIT_BUG if misfits else program.EXIT_OK
+
+
+def read() -> dict:
+    """The record as it is kept."""
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+
+
+def keep(record: dict) -> None:
+    """Writes the record, aside first."""
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    aside = RECORD.with_suffix(".new")
+    aside.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n", encoding="utf-8")
+    aside.replace(RECORD)
 
 
 def entry(recipe: Path, code: str) -> dict:
