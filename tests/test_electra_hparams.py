@@ -13,7 +13,6 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.main import main
 from flaxpretrain.objectives.masked_lm import MaskedLM
 from flaxpretrain.objectives.replaced_tokens import Scaled, Uniform, Untied, Whole
-from flaxpretrain.training.metrics import read_metrics
 from tests import toys
 
 ROOT = Path(__file__).parent.parent
@@ -136,36 +135,3 @@ def test_rows_are_what_the_dataset_was_built_for(tmp_path):
     metadata["build"] = {"compat": "electra", "seed": 3}
     (folder / "dataset.json").write_text(json.dumps(metadata))
     assert run_of(hparams, "x", folder).data.layout == ElectraSegments(3)
-
-
-def test_the_originals_command_trains_evaluates_and_resumes(tmp_path, capsys):
-    folder = toys.dataset(tmp_path / "data")
-    hparams = {
-        "vocab_size": 300,
-        "max_seq_length": 32,
-        "train_batch_size": 8,
-        "eval_batch_size": 8,
-        "num_eval_steps": 2,
-        "num_train_steps": 3,
-        "num_warmup_steps": 1,
-        "embedding_size": 16,
-        "generator_hidden_size": 0.5,
-        "model_hparam_overrides": {
-            "num_hidden_layers": 1,
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-        },
-    }
-    common = ["--data-dir", str(folder), "--model-name", "toy", "--quiet", "--hparams"]
-    assert main([*common, json.dumps(hparams | {"do_eval": "true"})]) == 0
-    workdir = folder / "models" / "toy"
-    results = json.loads((workdir / "eval_results.json").read_text())
-    assert results["global_step"] == 3
-    assert {"masked_lm_loss", "disc_loss", "disc_auc", "disc_recall", "masked_lm_accuracy"} <= (
-        results.keys()
-    )
-    assert "disc_auc = " in capsys.readouterr().out
-    again = hparams | {"num_train_steps": 4}
-    assert main([*common, json.dumps(again)]) == 0
-    assert [r["step"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r] == [3, 4]

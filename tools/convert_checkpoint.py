@@ -1,6 +1,6 @@
 """Converts between workdirs, Hugging Face folders and TensorFlow checkpoints, and checks outputs.
 
-    python tools/convert_checkpoint.py to-hf WORKDIR --output-dir FOLDER
+    python tools/convert_checkpoint.py to-hf WORKDIR --output-dir FOLDER [--part discriminator]
     python tools/convert_checkpoint.py from-hf FOLDER_OR_HUB_ID --workdir WORKDIR
     python tools/convert_checkpoint.py from-tf CHECKPOINT_PREFIX --output-dir FOLDER
 
@@ -30,6 +30,7 @@ from flaxpretrain.conversion.folders import HubModel, config_of, params_of
 from flaxpretrain.conversion.importing import import_model, require_unused, write_workdir
 from flaxpretrain.conversion.licences import require_licence
 from flaxpretrain.conversion.sources import (
+    Checkpoint,
     Origin,
     dataset_facts,
     is_workdir,
@@ -53,7 +54,10 @@ def parser() -> program.Parser:
     there.add_argument("workdir", type=Path, metavar="WORKDIR", help="with checkpoints")
     there.add_argument("--output-dir", type=Path, required=True, help="folder to write")
     there.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    there.add_argument("--part", help="which network, where the objective trains several")
+    there.add_argument(
+        "--part",
+        help="which network, where the objective trains several; all: a folder each in the output",
+    )
     there.add_argument("--tokenizer", type=Path, help="its folder (default: the dataset's)")
     there.add_argument(
         "--recipe", type=Path, help="file of the classes that the run uses, if moved"
@@ -75,7 +79,12 @@ def parser() -> program.Parser:
     back = commands.add_parser(
         "from-hf", help="a Hugging Face model to a new workdir", description=from_hf.__doc__
     )
-    back.add_argument("source", metavar="FOLDER_OR_HUB_ID", help="owner/name, or a folder")
+    back.add_argument(
+        "source",
+        metavar="FOLDER_OR_HUB_ID",
+        nargs="+",
+        help="owner/name, or a folder; more than one for a --recipe that trains several networks",
+    )
     back.add_argument("--workdir", type=Path, required=True, help="to make")
     back.add_argument("--recipe", type=Path, help="recipe to continue training with")
     add_from_tf(commands)
@@ -131,7 +140,28 @@ def to_hf(arguments) -> None:
     if arguments.recipe is not None:
         load_recipe(arguments.recipe)
     checkpoint = open_checkpoint(workdir, arguments.step)
-    config, params = checkpoint.part(arguments.part)
+    parts: list[str | None] = [arguments.part]
+    if arguments.part in ("all", "both"):
+        parts = list(checkpoint.parts)
+        if arguments.push_to_hub is not None:
+            raise UserError("--push-to-hub is for one network: choose it by --part")
+    print(f"step {checkpoint.step} of {workdir}")
+    for part in parts:
+        export_part(checkpoint, part, output if len(parts) == 1 else output / str(part), arguments)
+    if arguments.push_to_hub is not None:
+        address = hub.push(
+            output,
+            arguments.push_to_hub,
+            private=not arguments.public,
+            message=f"Step {checkpoint.step}",
+        )
+        print(f"pushed to {address}")
+
+
+def export_part(checkpoint: Checkpoint, part: str | None, output: Path, arguments) -> None:
+    """Writes one network of a checkpoint as a Hugging Face folder and prints what it is."""
+    workdir = checkpoint.workdir
+    config, params = checkpoint.part(part)
     tokenizer = arguments.tokenizer or checkpoint.tokenizer
     if tokenizer is None:
         raise UserError(
@@ -161,23 +191,15 @@ def to_hf(arguments) -> None:
         compare=not arguments.no_compare,
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
     )
-    print(f"step {checkpoint.step} of {workdir}")
     for line in exported.lines():
         print(line)
-    if arguments.push_to_hub is not None:
-        address = hub.push(
-            output,
-            arguments.push_to_hub,
-            private=not arguments.public,
-            message=f"Step {checkpoint.step}",
-        )
-        print(f"pushed to {address}")
 
 
 def from_hf(arguments) -> None:
     """Writes a workdir at step 0 with the weights and the tokenizer of a Hugging Face model."""
     run = None if arguments.recipe is None else load_recipe(arguments.recipe)
-    made = import_model(arguments.source, arguments.workdir, run, say=print)
+    first, *others = arguments.source
+    made = import_model(first, arguments.workdir, run, say=print, others=others)
     print(f"{made.workdir}: {made.parameters:,} parameters of a {made.config.model_type}, step 0")
     recipe = "RECIPE" if arguments.recipe is None else str(arguments.recipe)
     command = f"python run_pretraining.py {shlex.quote(recipe)} --workdir {made.workdir}"

@@ -2,6 +2,7 @@
 
     python tools/evaluate.py runs/quickstart --baselines
     python tools/evaluate.py bert-base-uncased --data-dir DATA --length 128 --rate 0.15
+    python tools/evaluate.py runs/electra_tiny --discriminate "Los pájaros están hablando"
 
 MODEL is a workdir, a Hugging Face folder or a hub id. A workdir is evaluated on its own dataset
 as its run evaluates itself, so that the figures agree; other models are masked at 15 % in full
@@ -22,9 +23,11 @@ from rich.progress import track
 
 from flaxpretrain import program
 from flaxpretrain.config import dataset_folder, render
+from flaxpretrain.conversion.sources import load_pretrained
 from flaxpretrain.data.store import open_dataset
 from flaxpretrain.errors import UserError
 from flaxpretrain.evaluation.baselines import comparison
+from flaxpretrain.evaluation.discriminate import discriminate, show
 from flaxpretrain.evaluation.fixed_masks import baselines, check_dataset, evaluate, settings_of
 from flaxpretrain.evaluation.subject import open_subject
 from flaxpretrain.training.sharding import make_mesh
@@ -60,6 +63,13 @@ def parser() -> program.Parser:
         action="store_true",
         help="also score unigram and bigram models of the train split at the same positions",
     )
+    parser.add_argument(
+        "--discriminate",
+        metavar="TEXT",
+        action="append",
+        help="mark each token with the probability that it was replaced, and evaluate nothing; "
+        "repeatable",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     return parser
 
@@ -76,6 +86,9 @@ def main(argv: list[str]) -> None:
     """Evaluates and prints."""
     arguments = parser().parse_args(argv)
     check(arguments)
+    if arguments.discriminate:
+        mark(arguments)
+        return
     subject = open_subject(arguments.model, arguments.step)
     folder = arguments.data_dir
     if folder is None and subject.workdir is not None and subject.trained:
@@ -127,6 +140,19 @@ def main(argv: list[str]) -> None:
         print(json.dumps(result))
         return
     print_result(result)
+
+
+def mark(arguments) -> None:
+    """Marks the tokens of the texts of --discriminate."""
+    config, params, tokenizer = load_pretrained(
+        arguments.model, step=arguments.step, head="discriminator"
+    )
+    for marked in discriminate(config, params, tokenizer, arguments.discriminate):
+        if arguments.json:
+            tokens = [token._asdict() for token in marked.tokens]
+            print(json.dumps({"text": marked.text, "tokens": tokens}, ensure_ascii=False))
+        else:
+            show(marked, Console())
 
 
 def print_result(result: dict) -> None:

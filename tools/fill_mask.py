@@ -32,7 +32,7 @@ def parser() -> program.Parser:
     parser.add_argument("--top-k", type=int, default=5, help="guesses for each mask")
     parser.add_argument("--special", action="store_true", help="admit special tokens as guesses")
     parser.add_argument("--step", type=int, help="of a workdir's checkpoint; none: the newest")
-    parser.add_argument("--part", help="which network, where the objective trains several")
+    parser.add_argument("--part", help="which network; none: the one with a masked LM head")
     parser.add_argument("--tokenizer", type=Path, help="its folder; none: the model's own")
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
     return parser
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     arguments = parser().parse_args(argv)
     texts = texts_of(arguments)
     config, params, tokenizer = load_pretrained(
-        arguments.model, step=arguments.step, part=arguments.part
+        arguments.model, step=arguments.step, part=arguments.part, head="mlm"
     )
     filler = MaskFiller(config, params, arguments.tokenizer or tokenizer, special=arguments.special)
     console = Console()

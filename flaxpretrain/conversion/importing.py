@@ -1,7 +1,7 @@
 """A Hugging Face model as a workdir at step 0, from which training goes on and tools work."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,12 @@ from flaxpretrain.conversion.folders import (
     copy_tokenizer,
     params_of,
 )
-from flaxpretrain.conversion.init_from import differing, fitted_params, flags_of
+from flaxpretrain.conversion.init_from import (
+    differing,
+    fitted_params,
+    flags_of,
+    fresh_params,
+)
 from flaxpretrain.conversion.sources import CHECKPOINTS, Origin, open_model, write_origin
 from flaxpretrain.data.store import TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
@@ -38,19 +43,28 @@ class Imported:
 
 
 def import_model(
-    source: str | Path, workdir: Path, run: Run | None, *, say: Callable[[str], None]
+    source: str | Path,
+    workdir: Path,
+    run: Run | None,
+    *,
+    say: Callable[[str], None],
+    others: Sequence[str | Path] = (),
 ) -> Imported:
     """Writes a workdir whose checkpoint of step 0 holds a model's weights, and its tokenizer.
 
     With a run, the checkpoint is for that run, whose model takes the source's sizes and keeps its
     own heads; those that the source lacks start fresh. Without, the model is kept as it is.
+    `others` are sources of the run's other networks, such as ELECTRA's generator.
 
     Raises:
-        UserError: the workdir is in use, or the source cannot be read or does not fit the run.
+        UserError: the workdir is in use, or a source cannot be read or does not fit the run.
     """
     require_unused(workdir)
     model, origin = open_model(source)
-    return write_workdir(model, origin, workdir, run, source=str(source), say=say)
+    if others and run is None:
+        raise UserError("several sources are for a recipe that trains several networks: give one")
+    more = {str(other): open_model(other)[0] for other in others}
+    return write_workdir(model, origin, workdir, run, source=str(source), say=say, more=more)
 
 
 def require_unused(workdir: Path) -> None:
@@ -67,8 +81,11 @@ def write_workdir(
     *,
     source: str,
     say: Callable[[str], None],
+    more: Mapping[str, HubModel] | None = None,
 ) -> Imported:
     """As `import_model`, for a model that is open already; `source` is its name in messages.
+
+    `more` are models of the run's other networks, by name.
 
     Raises:
         UserError: the workdir cannot be written, or the model does not fit the run.
@@ -81,7 +98,9 @@ def write_workdir(
     else:
         run, flags = _fitted_run(model, config, run, source)
         config = run.model
-        params = fitted_params(model, run, source=source, say=say)
+        params = None
+        for name, part in {source: model, **(more or {})}.items():
+            params = fitted_params(part, run, source=name, say=say, initial=params)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,6 +135,9 @@ def _fitted_run(model: HubModel, config: Any, run: Run, source: str) -> tuple[Ru
             f"{source} is a {config.model_type}, but the recipe {run.name} trains a "
             f"{run.model.model_type}: choose a recipe for {config.model_type}"
         )
+    parts = list(run.objective.parts(run.model, fresh_params(run)).values())
+    if len(parts) > 1 and config.heads != parts[0][0].heads:
+        return run, ()  # not the network that gives the run's model its sizes
     changes = differing(config, run.model)
     fitted = dataclasses.replace(run.model, **changes)
     return dataclasses.replace(run, model=fitted), tuple(flags_of(changes))

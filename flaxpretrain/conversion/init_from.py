@@ -56,9 +56,20 @@ def weights_from(
     return params
 
 
-def fitted_params(model: HubModel, run: Run, *, source: str, say: Callable[[str], None]) -> PyTree:
-    """The parameters of a run's objective with those of the part that fits the model replaced."""
-    initial = _initial(run)
+def fitted_params(
+    model: HubModel,
+    run: Run,
+    *,
+    source: str,
+    say: Callable[[str], None],
+    initial: PyTree | None = None,
+) -> PyTree:
+    """The parameters of a run's objective with those of the part that fits the model replaced.
+
+    `initial` are the parameters to start from, by default the run's own.
+    """
+    if initial is None:
+        initial = fresh_params(run)
     config, fresh = _fitting_part(model, run, initial, source)
     loaded, notes = params_of(model, config, source=source, initial=fresh)
     for note in notes:
@@ -72,7 +83,7 @@ def fitted_params(model: HubModel, run: Run, *, source: str, say: Callable[[str]
     return jax.tree.map(lambda leaf: new.get(id(leaf), leaf), initial)
 
 
-def _initial(run: Run) -> PyTree:
+def fresh_params(run: Run) -> PyTree:
     """What the run would start from by itself, as numpy arrays."""
     model = model_of(functools.partial(run.objective.build, run.model))
     with locally():

@@ -71,6 +71,11 @@ class Checkpoint:
             raise UserError(f"--part: expected one of {', '.join(self.parts)}; {got}")
         return self.parts[name]
 
+    def part_with(self, head: str) -> str | None:
+        """The name of the first part with this head; None where no part has it."""
+        found = (n for n, (c, _) in self.parts.items() if head in getattr(c, "heads", ()))
+        return next(found, None)
+
     @property
     def tokenizer(self) -> Path | None:
         """The folder of the tokenizer, kept in the workdir or with the dataset."""
@@ -86,11 +91,16 @@ def is_workdir(folder: Path) -> bool:
 
 
 def load_pretrained(
-    source: str | Path, *, step: int | None = None, part: str | None = None
+    source: str | Path,
+    *,
+    step: int | None = None,
+    part: str | None = None,
+    head: str | None = None,
 ) -> Pretrained:
     """The model of a workdir (its newest checkpoint, or that of `step`), a folder or a hub id.
 
-    Parameters are nested dicts of numpy arrays. `step` and `part` are for workdirs.
+    Parameters are nested dicts of numpy arrays. `step` and `part` are for workdirs; without a
+    part, it is the first one that has the `head`.
 
     Raises:
         UserError: no such source, or one that cannot be read.
@@ -98,6 +108,8 @@ def load_pretrained(
     folder = Path(source)
     if is_workdir(folder):
         checkpoint = open_checkpoint(folder, step)
+        if part is None and head is not None:
+            part = checkpoint.part_with(head)
         config, params = checkpoint.part(part)
         return Pretrained(config, params, checkpoint.tokenizer)
     model = open_model(source)[0]
