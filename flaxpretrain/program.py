@@ -20,16 +20,14 @@ EXIT_WATCHDOG = 124
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults, knows `--debug`, and answers a mistake in one line."""
+    """A parser that shows defaults, knows `--debug`, and answers a mistake in one line."""
 
     def __init__(self, description: str | None, **kwargs) -> None:
         """`description` is usually the module's docstring; its line breaks are kept."""
         super().__init__(
             description=description, formatter_class=_Formatter, allow_abbrev=False, **kwargs
         )
-        self.add_argument(
-            "--debug", action="store_true", help="show the traceback of an error"
-        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with 2."""

@@ -150,7 +150,8 @@ def test_a_recipe_may_use_an_objective_from_the_file_beside_it(tmp_path):
         "from my_objective_beside import Mine\n"
         "from tests import toys\n"
         "def recipe():\n"
-        "    return dataclasses.replace(toys.run(), objective=Mine(masking=toys.masked_lm().masking))\n"
+        "    mine = Mine(masking=toys.masked_lm().masking)\n"
+        "    return dataclasses.replace(toys.run(), objective=mine)\n"
     )
     run = load(tmp_path / "my_recipe_beside.py", ["objective.strength=3"])
     assert (run.name, run.objective.strength) == ("my_recipe_beside", 3.0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flaxpretrain.hardware import PEAKS, peak_of
+from flaxpretrain.hardware import peak_of
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def splash_attention(
     )
 
     def row(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-        return kernel(query, key, value, splash.SegmentIds(segment_ids, segment_ids))
+        return kernel(  # pyright: ignore[reportReturnType]
+            query, key, value, splash.SegmentIds(segment_ids, segment_ids)
+        )
 
     return jax.vmap(row)(query, key, value, segment_ids)[:, :, :length]
 

@@ -24,6 +24,7 @@ from flaxpretrain.training.optimizers import learning_rate
 from flaxpretrain.training.state import TrainState
 
 Sums = dict[str, Sum]
+DEFAULT_EXECUTION = Execution()
 Arrays = Mapping[str, Shaped[Array, "B ..."]]
 
 
@@ -76,7 +77,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     compute_dtype: Any = jnp.float32,
-    execution: Execution = Execution(),
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, StepMetrics]]:
     """`train_step(state, batch)`, to be jitted with the state donated."""
     data_parallel_only = mesh.shape["data"] == mesh.size
@@ -141,7 +142,7 @@ def make_eval_step(
     model: Model,
     *,
     compute_dtype: Any = jnp.float32,
-    execution: Execution = Execution(),
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Callable[[PyTree, Arrays], Sums]:
     """`eval_step(params, batch)`: the sums of a batch, without dropout."""
 

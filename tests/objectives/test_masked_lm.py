@@ -68,7 +68,10 @@ def test_the_sums_of_the_parts_are_the_sums_of_the_whole_even_with_dropout(param
 def test_dropout_changes_the_loss_and_its_absence_does_not(params):
     batch = on_device(BATCH)
     assert loss(params, batch)["masked_lm"].total == loss(params, batch)["masked_lm"].total
-    assert loss(params, batch, dropout=True)["masked_lm"].total != loss(params, batch)["masked_lm"].total
+    assert (
+        loss(params, batch, dropout=True)["masked_lm"].total
+        != loss(params, batch)["masked_lm"].total
+    )
 
 
 def test_an_empty_row_counts_for_nothing(params):
