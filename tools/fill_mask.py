@@ -52,7 +52,7 @@ def texts_of(arguments) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Fills the masks and prints the guesses."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     texts = texts_of(arguments)
     config, params, tokenizer = load_pretrained(
         arguments.model, step=arguments.step, part=arguments.part, head="mlm"
