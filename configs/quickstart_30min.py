@@ -1,6 +1,9 @@
-"""The first run, with half an hour instead of three minutes: it beats the bigram model.
+"""The first run with more time: a larger model and four times the tokens of the quickstart.
 
-python run_pretraining.py configs/quickstart_30min.py
+    python run_pretraining.py configs/quickstart_30min.py
+
+It is sized to go below the bigram model, which has 5.39 nat at the quickstart's validation
+positions. Nobody has run it to its end yet: what it reaches, and how long it takes, is not known.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ POD = "v5e:1x1"
 
 
 def recipe() -> Run:
-    """The quickstart with 6 layers x 192 and ten times its tokens."""
+    """The quickstart with 6 layers x 192 and 2,400 steps; dropout, for it sees the text often."""
     run = quickstart()
     model = dataclasses.replace(
         run.model,
