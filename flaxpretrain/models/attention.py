@@ -24,6 +24,7 @@ from flaxpretrain.models.layers import (
     truncated_normal,
     zeros,
 )
+from flaxpretrain.models.memory import Kept
 
 NEVER = -1e30
 """Score of a pair of tokens that may not look at each other: finite, so no row becomes NaN."""
@@ -325,6 +326,14 @@ class Heads(nnx.Module):
         self.kernel = initial(rngs, (width, heads, size), stddev)
         self.bias = zeros((heads, size)) if bias else None
 
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B H L K"]:
+        """This projection alone; several at once are faster by `project`."""
+        width, heads, size = self.kernel[...].shape
+        y = x.reshape(-1, width) @ self.kernel[...].reshape(width, heads * size)
+        if self.bias is not None:
+            y = y + self.bias[...].reshape(1, -1)
+        return jnp.moveaxis(y.reshape(*x.shape[:2], heads, size), 1, 2)
+
 
 class Merge(nnx.Module):
     """A projection from heads: kernel [H, K, D]."""
@@ -443,3 +452,42 @@ class Attention(nnx.Module):
             keys=keys,
         )
         return self.out(context, layout)
+
+    def keep(self, source: Float[Array, "B S D"]) -> Kept:
+        """Keys and values of an encoder's tokens, for `recall`."""
+        return Kept(self.key(source), self.value(source))
+
+    def recall(
+        self,
+        x: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"],
+        kept: Kept,
+        kept_segment_ids: Int[Array, "R S"],
+        place: Int[Array, ""] | None = None,
+        *,
+        score_bias: Float[Array, "1 H L S"] | None = None,
+        scale: Any = 1.0,
+    ) -> tuple[Float[Array, "B L D"], Kept]:
+        """As when called, for tokens from slot `place` on of rows that keep those before.
+
+        Without a place, `kept` is a whole source, which rows side by side may share; with one,
+        several tokens at once are the first of their rows. Always in plain XLA.
+        """
+        query = self.query(x) * jnp.asarray(self.scale * scale, x.dtype)
+        if place is not None:
+            kept = kept.written(self.key(x), self.value(x), place)
+        rows, length = kept.key.shape[0], x.shape[1]
+        if rows != len(x):
+            by_source = jnp.moveaxis(query, 2, 1).reshape(rows, -1, *kept.key.shape[1::2])
+            query, segment_ids = jnp.moveaxis(by_source, 1, 2), segment_ids.reshape(rows, -1)
+        context = xla_attention(
+            query,
+            kept.key,
+            kept.value,
+            segment_ids,
+            kept_segment_ids,
+            causal=place is not None and length > 1,
+            bias=score_bias,
+        )
+        joined = jnp.moveaxis(context, 1, 2).reshape(len(x), length, *kept.key.shape[1::2])
+        return self.out(joined, "BLHK"), kept

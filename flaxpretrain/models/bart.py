@@ -6,6 +6,7 @@ Reference: facebookresearch/fairseq models/bart; Transformers models/bart for na
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -25,6 +26,7 @@ from flaxpretrain.models.layers import (
     take,
     zeros,
 )
+from flaxpretrain.models.memory import Kept, Memory
 from flaxpretrain.models.model_config import ModelConfig
 from flaxpretrain.models.names import Drop, Entry, Flat, Kernel, Prefix, Rule, Tie, Vocabulary
 from flaxpretrain.models.positions import restarting
@@ -301,6 +303,21 @@ class Layer(nnx.Module):
         fed = self.feed_forward(x, fold(keys, 4))
         return self.feed_forward_norm(x + dropout(fed, self.dropout_rate, fold(keys, 5)))
 
+    def recall(
+        self, x: Float[Array, "B L D"], segments: Array, memory: Memory, number: int
+    ) -> tuple[Float[Array, "B L D"], Kept]:
+        """As when called without dropout, for more tokens of a decoder's rows."""
+        attended, kept = self.attention.recall(
+            x, segments, memory.kept[number], memory.segment_ids, memory.place
+        )
+        x = self.attention_norm(x + attended)
+        cross_norm, cross = self.cross_attention_norm, self.cross_attention
+        source_segments = memory.source_segment_ids
+        if cross is not None and cross_norm is not None and source_segments is not None:
+            seen = cross.recall(x, segments, memory.source[number], source_segments)[0]
+            x = cross_norm(x + seen)
+        return self.feed_forward_norm(x + self.feed_forward(x)), kept
+
 
 class Stack(nnx.Module):
     """The encoder or the decoder: positions and layers."""
@@ -421,6 +438,23 @@ class Bart(nnx.Module):
         """
         keys = fold(keys, _DECODER)
         return self.decoder(hidden, decoder_segment_ids, encoded, segment_ids, keys, remat=remat)
+
+    def recall(
+        self,
+        layers: Sequence[Layer],
+        hidden: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"],
+        memory: Memory,
+    ) -> tuple[Float[Array, "B L D"], Memory]:
+        """Hidden states of more tokens after those remembered; several only at the beginning.
+
+        `layers` are the decoder's own, `apart`.
+        """
+        memory, found = memory.noted(segment_ids), []
+        for number, layer in enumerate(layers):
+            hidden, kept = layer.recall(hidden, segment_ids, memory, number)
+            found.append(kept)
+        return hidden, memory.advanced(tuple(found), hidden.shape[1])
 
     def logits(self, hidden: Float[Array, "B M D"]) -> Float[Array, "B M V"]:
         """Scores in float32 of every token of the padded vocabulary."""

@@ -125,6 +125,12 @@ def layer(layers: nnx.Module, index: int) -> nnx.Module:
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
 
 
+def apart(layers: nnx.Module) -> tuple[Any, ...]:
+    """The modules of a stack one by one, for loops over tokens: sliced once, before the loop."""
+    count = jax.tree.leaves(nnx.split(layers)[1])[0].shape[0]
+    return tuple(layer(layers, index) for index in range(count))
+
+
 def scan(
     layers: nnx.Module,
     apply: Callable[..., Array],

@@ -4,6 +4,7 @@ Reference: openai/gpt-2 src/model.py; Transformers models/gpt2 for the names and
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flaxpretrain.models.attention import Attention
 from flaxpretrain.models.functional import fold, scan, stack
 from flaxpretrain.models.language_head import LanguageHead, present
 from flaxpretrain.models.layers import Dense, LayerNorm, activation, dropout, lean, normal, take
+from flaxpretrain.models.memory import Kept, Memory
 from flaxpretrain.models.model_config import ModelConfig
 from flaxpretrain.models.names import (
     Drop,
@@ -252,6 +254,21 @@ class DecoderLayer(nnx.Module):
         fed = self.feed_forward(self.feed_forward_norm(x))
         return x + dropout(fed, self.dropout_rate, fold(keys, 2))
 
+    def recall(
+        self,
+        x: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"],
+        memory: Memory,
+        kept: Kept,
+        scale: Any = 1.0,
+    ) -> tuple[Float[Array, "B L D"], Kept]:
+        """As when called without dropout, for more tokens of rows that are remembered."""
+        attended, kept = self.attention.recall(
+            self.attention_norm(x), segment_ids, kept, memory.segment_ids, memory.place, scale=scale
+        )
+        x += attended
+        return x + self.feed_forward(self.feed_forward_norm(x)), kept
+
 
 class Decoder(nnx.Module):
     """The layers and the norm after them."""
@@ -326,6 +343,25 @@ class GPT2(nnx.Module):
         The tokens of a `prefix` are seen by all of their segment.
         """
         return self.decoder(hidden, segment_ids, keys, prefix=prefix, remat=remat)
+
+    def recall(
+        self,
+        layers: Sequence[DecoderLayer],
+        hidden: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"],
+        memory: Memory,
+    ) -> tuple[Float[Array, "B L D"], Memory]:
+        """Hidden states of more tokens after those remembered; several only at the beginning.
+
+        `layers` are the decoder's own, `apart`.
+        """
+        memory = memory.noted(segment_ids)
+        found = []
+        for number, (layer, kept) in enumerate(zip(layers, memory.kept, strict=True)):
+            scale = 1.0 if self.decoder.scaled_layers is None else 1.0 / (number + 1)
+            hidden, kept = layer.recall(hidden, segment_ids, memory, kept, scale)
+            found.append(kept)
+        return self.decoder.norm(hidden), memory.advanced(tuple(found), hidden.shape[1])
 
     def logits(self, hidden: Float[Array, "B M D"]) -> Float[Array, "B M V"]:
         """Scores in float32 of every token of the padded vocabulary."""

@@ -54,3 +54,21 @@ def relative_bias(
     diagonals = jnp.take(table, buckets, axis=0).T
     repeated = jnp.tile(diagonals, (1, length))[:, : length * (period - 1)]
     return repeated.reshape(-1, length, period - 1)[None, :, :, :key_length]
+
+
+def relative_bias_from(
+    table: Float[Array, "R H"],
+    place: Int[Array, ""],
+    length: int,
+    key_length: int,
+    *,
+    farthest: int,
+) -> Float[Array, "1 H L S"]:
+    """`relative_bias` of a causal row for the tokens at `place` to `place + L - 1`.
+
+    One lookup a pair, which costs nothing where there is no backward pass.
+    """
+    places = place + jnp.arange(length, dtype=jnp.int32)
+    distance = jnp.arange(key_length, dtype=jnp.int32)[None] - places[:, None]
+    buckets = relative_buckets(distance, table.shape[0], farthest, causal=True)
+    return jnp.moveaxis(jnp.take(table, buckets, axis=0), -1, 0)[None]

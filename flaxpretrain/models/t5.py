@@ -9,7 +9,7 @@ initialised how; Transformers models/t5 for the names and options.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +20,10 @@ from flaxpretrain.models.attention import Attention
 from flaxpretrain.models.functional import fold, scan, stack
 from flaxpretrain.models.language_head import LanguageHead, present
 from flaxpretrain.models.layers import Dense, RMSNorm, activation, dropout, lean, normal, take
+from flaxpretrain.models.memory import Kept, Memory
 from flaxpretrain.models.model_config import ModelConfig
 from flaxpretrain.models.names import Drop, Entry, Kernel, Rule, Tie, Vocabulary
-from flaxpretrain.models.positions import relative_bias
+from flaxpretrain.models.positions import relative_bias, relative_bias_from
 
 # Folded into a row's dropout key; the layers fold in their numbers.
 _EMBEDDINGS, _OUTPUT, _DECODER = 0xFFFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFD
@@ -332,6 +333,25 @@ class Layer(nnx.Module):
         fed = self.feed_forward(self.feed_forward_norm(x), fold(keys, 4))
         return x + dropout(fed, self.dropout_rate, fold(keys, 5))
 
+    def recall(
+        self, x: Float[Array, "B L D"], segments: Array, memory: Memory, number: int, bias: Array
+    ) -> tuple[Float[Array, "B L D"], Kept]:
+        """As when called without dropout, for more tokens of a decoder's rows."""
+        attended, kept = self.attention.recall(
+            self.attention_norm(x),
+            segments,
+            memory.kept[number],
+            memory.segment_ids,
+            memory.place,
+            score_bias=bias,
+        )
+        x += attended
+        cross_norm, cross = self.cross_attention_norm, self.cross_attention
+        source_segments = memory.source_segment_ids
+        if cross is not None and cross_norm is not None and source_segments is not None:
+            x += cross.recall(cross_norm(x), segments, memory.source[number], source_segments)[0]
+        return x + self.feed_forward(self.feed_forward_norm(x)), kept
+
 
 class Stack(nnx.Module):
     """The layers of the encoder or of the decoder, their biases by distance, and a last norm."""
@@ -448,6 +468,26 @@ class T5(nnx.Module):
         """
         keys = fold(keys, _DECODER)
         return self.decoder(hidden, decoder_segment_ids, encoded, segment_ids, keys, remat=remat)
+
+    def recall(
+        self,
+        layers: Sequence[Layer],
+        hidden: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"],
+        memory: Memory,
+    ) -> tuple[Float[Array, "B L D"], Memory]:
+        """Hidden states of more tokens after those remembered; several only at the beginning.
+
+        `layers` are the decoder's own, `apart`.
+        """
+        memory, side, length = memory.noted(segment_ids), self.decoder, hidden.shape[1]
+        table, room = side.relative_bias[...], memory.segment_ids.shape[1]
+        bias = relative_bias_from(table, memory.place, length, room, farthest=side.farthest)
+        found = []
+        for number, layer in enumerate(layers):
+            hidden, kept = layer.recall(hidden, segment_ids, memory, number, bias)
+            found.append(kept)
+        return side.norm(hidden), memory.advanced(tuple(found), length)
 
     def logits(self, hidden: Float[Array, "B M D"]) -> Float[Array, "B M V"]:
         """Scores in float32 of every token of the padded vocabulary."""
