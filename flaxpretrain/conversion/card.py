@@ -15,10 +15,13 @@ from flaxpretrain.conversion.public import public, public_command, public_path, 
 
 _MOST_SOURCES = 20
 _SIZES = (
-    (("num_hidden_layers", "n_layer", "num_layers", "encoder_layers"), "layers"),
+    (("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers"), "layers"),
     (("num_decoder_layers", "decoder_layers"), "in the decoder"),
-    (("hidden_size", "n_embd", "d_model"), "wide"),
-    (("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"), "attention heads"),
+    (("hidden_size", "n_embd", "d_model", "dim"), "wide"),
+    (
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"),
+        "attention heads",
+    ),
     (("vocab_size",), "tokens"),
 )
 """Options of the families' configurations, and what to call them."""

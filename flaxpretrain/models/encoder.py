@@ -38,7 +38,8 @@ class Embeddings(nnx.Module):
         self.words = truncated_normal(rngs, (config.padded_vocab_size, width), stddev)
         table = {"normal": truncated_normal, "sinusoidal": sinusoidal}[config.position_init]
         self.positions = table(rngs, (config.max_position_embeddings, width), stddev)
-        self.types = truncated_normal(rngs, (config.type_vocab_size, width), stddev)
+        types = config.type_vocab_size
+        self.types = truncated_normal(rngs, (types, width), stddev) if types else None
         self.norm = LayerNorm(width, epsilon=config.layer_norm_eps)
         self.position_offset = config.position_offset
         self.dropout_rate = config.hidden_dropout_prob
@@ -50,14 +51,18 @@ class Embeddings(nnx.Module):
         token_type_ids: Int[Array, "B L"] | None = None,
         keys: Key[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """Embedded tokens; positions are 0-based, and token types 0 where they are not given."""
+        """Embedded tokens; positions are 0-based, and token types 0 where they are not given.
+
+        A network without a table of token types takes no notice of them.
+        """
         hidden = take(self.words[...], input_ids)
         hidden += take(self.positions[...], position_ids + self.position_offset)
-        types = self.types[...]
-        if token_type_ids is None:
-            hidden += trailing(types[0], hidden)
-        else:
-            hidden += take(types, token_type_ids)
+        if self.types is not None:
+            types = self.types[...]
+            if token_type_ids is None:
+                hidden += trailing(types[0], hidden)
+            else:
+                hidden += take(types, token_type_ids)
         return dropout(self.norm(hidden), self.dropout_rate, fold(keys, _EMBEDDINGS))
 
 

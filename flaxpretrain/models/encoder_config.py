@@ -55,6 +55,8 @@ class EncoderConfig(ModelConfig):
         "pruned_heads": {},
     }
     own_fields: ClassVar = ("heads", "vocab_multiple", "position_init")
+    least_types: ClassVar[int] = 1
+    """Fewest rows of the table of token types."""
 
     def __post_init__(self):
         self._require_positive(
@@ -63,9 +65,11 @@ class EncoderConfig(ModelConfig):
             "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
-            "type_vocab_size",
             "vocab_multiple",
             "max_length",
+        )
+        self._require(
+            self.type_vocab_size >= self.least_types, "type_vocab_size", "a positive number"
         )
         self._require_rates("hidden_dropout_prob", "attention_probs_dropout_prob")
         self._require(

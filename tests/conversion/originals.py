@@ -43,18 +43,12 @@ def original(class_name: str, seed: int = 0, extra: dict | None = None, **option
     import torch
     import transformers
 
-    family = "Roberta" if class_name.startswith("Roberta") else "Bert"
-    config = getattr(transformers, f"{family}Config")(
-        **{
-            "vocab_size": 83,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "intermediate_size": 40,
-            "max_position_embeddings": 34,
-            **options,
-        }
-    )
+    sizes = {"dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40}
+    if not class_name.startswith("DistilBert"):
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        sizes = dict(zip(names, sizes.values(), strict=True))
+    kind = getattr(transformers, class_name).config_class
+    config = kind(**{"vocab_size": 83, "max_position_embeddings": 34, **sizes, **options})
     model = getattr(transformers, class_name)(config, **(extra or {})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

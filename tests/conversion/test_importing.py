@@ -92,7 +92,10 @@ def test_all_odd_names_are_listed_in_one_error(copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "xlnet"}, "is 'xlnet'; known: bart, bert, electra, gpt2, roberta, t5"),
+        (
+            {"model_type": "xlnet"},
+            "is 'xlnet'; known: bart, bert, distilbert, electra, gpt2, roberta, t5",
+        ),
         ({"model_type": "../bert"}, "known: bart, bert"),
         ({"model_type": None}, "known: bart, bert"),
         ({"architectures": ["BertForSequenceClassification"]}, "architectures names"),

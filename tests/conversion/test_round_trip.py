@@ -36,6 +36,10 @@ GRID = {
     "roberta-other-padding": ("RobertaForMaskedLM", {**ROBERTA, "pad_token_id": 3}),
     "roberta-2-types": ("RobertaForMaskedLM", {**ROBERTA, "type_vocab_size": 2}),
     "roberta-bare": ("RobertaModel", ROBERTA),
+    "distilbert-masked": ("DistilBertForMaskedLM", {"vocab_size": 129}),
+    "distilbert-untied": ("DistilBertForMaskedLM", {"tie_word_embeddings": False}),
+    "distilbert-waves": ("DistilBertForMaskedLM", {"sinusoidal_pos_embds": True}),
+    "distilbert-bare": ("DistilBertModel", {"activation": "relu"}),
 }
 
 

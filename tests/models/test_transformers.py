@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flaxpretrain.models.bert import BertConfig
+from flaxpretrain.models.distilbert import DistilBertConfig
 from flaxpretrain.models.electra import ElectraConfig
 from flaxpretrain.models.functional import model_of
 from flaxpretrain.models.names import flatten, to_params, to_state_dict
@@ -24,6 +25,10 @@ TINY = dict(
     num_attention_heads=3,
     intermediate_size=40,
     max_position_embeddings=19,
+)
+
+DISTILBERT = dict(
+    vocab_size=101, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_position_embeddings=19
 )
 
 GRID = [
@@ -44,6 +49,12 @@ GRID = [
     (RobertaConfig, "RobertaForMaskedLM", {"tie_word_embeddings": False, "vocab_size": 127}),
     (RobertaConfig, "RobertaForMaskedLM", {"type_vocab_size": 3, "layer_norm_eps": 1e-6}),
     (RobertaConfig, "RobertaModel", {"hidden_act": "gelu_fast"}),
+    (DistilBertConfig, "DistilBertForMaskedLM", {}),
+    (DistilBertConfig, "DistilBertForMaskedLM", {"vocab_size": 128, "activation": "relu"}),
+    (DistilBertConfig, "DistilBertForMaskedLM", {"sinusoidal_pos_embds": True, "n_heads": 24}),
+    (DistilBertConfig, "DistilBertForMaskedLM", {"tie_word_embeddings": False, "vocab_size": 129}),
+    (DistilBertConfig, "DistilBertForMaskedLM", {"pad_token_id": 7, "n_layers": 1}),
+    (DistilBertConfig, "DistilBertModel", {"activation": "gelu_new", "hidden_dim": 7}),
     (ElectraConfig, "ElectraForPreTraining", {"embedding_size": 11}),
     (ElectraConfig, "ElectraForPreTraining", {"embedding_size": 24, "hidden_act": "relu"}),
     (ElectraConfig, "ElectraForPreTraining", {"layer_norm_eps": 1e-3, "type_vocab_size": 3}),
@@ -65,7 +76,8 @@ def oracle(config_class, name, options):
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     kind = getattr(transformers, config_class.__name__)
-    theirs = kind(**{**TINY, **options})
+    tiny = DISTILBERT if config_class is DistilBertConfig else TINY
+    theirs = kind(**{**tiny, **options})
     if theirs.pad_token_id is not None and name.startswith("Roberta"):
         theirs.max_position_embeddings = TINY["max_position_embeddings"] + theirs.pad_token_id + 1
     network = getattr(transformers, name)(theirs).eval()
@@ -85,19 +97,18 @@ def batch_of(config):
     segments = np.ones_like(ids)
     for row, real in enumerate((17, 11, 1)):
         ids[row, real:], segments[row, real:] = config.pad_token_id, 0
-    types = rng.integers(0, config.type_vocab_size, ids.shape).astype(np.int32)
+    types = rng.integers(0, getattr(config, "type_vocab_size", 1), ids.shape).astype(np.int32)
     return ids, segments, types
 
 
 def their_outputs(network, ids, segments, types):
     import torch
 
+    arrays = {"input_ids": ids, "attention_mask": segments, "token_type_ids": types}
+    if network.config.model_type == "distilbert":
+        del arrays["token_type_ids"]
     with torch.no_grad():
-        out = network(
-            input_ids=torch.tensor(ids, dtype=torch.long),
-            attention_mask=torch.tensor(segments, dtype=torch.long),
-            token_type_ids=torch.tensor(types, dtype=torch.long),
-        )
+        out = network(**{n: torch.tensor(a, dtype=torch.long) for n, a in arrays.items()})
     return {name: value.numpy() for name, value in out.items() if hasattr(value, "numpy")}
 
 
@@ -188,7 +199,9 @@ def test_transformers_loads_the_export_whole(config_class, name, options, tmp_pa
     fresh.tie_weights()
     assert not result.unexpected_keys
     tied = (
-        ("decoder.weight", "decoder.bias", "lm_head.weight") if config.tie_word_embeddings else ()
+        ("decoder.weight", "decoder.bias", "lm_head.weight", "vocab_projector.weight")
+        if config.tie_word_embeddings
+        else ()
     )
     assert all(n.endswith(tied) for n in result.missing_keys)
     batch = batch_of(config)
