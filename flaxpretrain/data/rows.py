@@ -167,6 +167,37 @@ class Blocks(Layout):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeBlocks(Layout):
+    """`Blocks` without the row at the end, if that is short: no padding, but its text is left out.
+
+    Reference: group_texts, chapter 7 of the Hugging Face course, which drops the last chunk.
+    """
+
+    def fill(self, split: Split, room: Room) -> RowPlan:
+        """Rows of one piece each.
+
+        Raises:
+            UserError: the split does not fill a row.
+        """
+        require_text(split)
+        room.require_pieces("WholeBlocks()")
+        rows = split.tokens // room.capacity
+        if not rows:
+            raise UserError(
+                f"split {split.name!r} of the dataset has {split.tokens} tokens, which do not fill "
+                f"a row of {room.capacity}: use Blocks(), which pads the last row, or shorter rows"
+            )
+        return BlockPlan(
+            split=split,
+            length=room.length,
+            capacity=room.capacity,
+            rows_per_epoch=rows,
+            real_tokens_per_epoch=int(rows * room.tokens[-1]),
+            max_pieces=1,
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class BlockPlan(RowPlan):
     """Row i is the i-th block of the stream, in every epoch."""
@@ -297,6 +328,7 @@ __all__ = [
     "Documents",
     "Layout",
     "RowPlan",
+    "WholeBlocks",
     "cycle_plan",
     "epoch_keys",
     "require_text",

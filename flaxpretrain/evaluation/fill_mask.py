@@ -233,3 +233,16 @@ class FillMask:
             with console.capture() as captured:
                 show(filled, console)
             session.say(captured.get().rstrip("\n"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchMasks(FillMask):
+    """`FillMask` for `Run.evaluations`: before the first step and after the last.
+
+    every_steps, every_epochs: and every so often between them.
+    """
+
+    name: str = "fill_mask"
+    at_start: bool = True
+    every_steps: int | None = None
+    every_epochs: float | None = None

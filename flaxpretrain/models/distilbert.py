@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
 from flaxpretrain.models import bert
 from flaxpretrain.models.encoder import Encoder, EncoderModel
 from flaxpretrain.models.encoder_config import POSITION_INITS

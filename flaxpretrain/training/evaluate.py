@@ -92,3 +92,36 @@ class FixedNoise:
         sums = fixed_noise_pass(step, session.state.params, batches, batch_size, mesh)
         figures = objective.summarize(sums)
         return figures | objective.per_text(figures, split)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedNoiseByEpoch(FixedNoise):
+    """`FixedNoise` before the first step too, and after every so many epochs of the data.
+
+    Reference: chapter 7 of the Hugging Face course, fine-tuning a masked language model.
+    """
+
+    at_start: bool = True
+    every_epochs: float | None = 1.0
+
+
+def due_evaluations(session: Any) -> list[Any]:
+    """Those of a run's evaluations whose time is the present step; after the last, all are.
+
+    One is due every `every_steps`; where it has these fields, also before the first step
+    (`at_start`) and when `every_epochs` more of the data's rows have been seen.
+    """
+    return [evaluation for evaluation in session.run.evaluations if _is_due(evaluation, session)]
+
+
+def _is_due(evaluation: Any, session: Any) -> bool:
+    step = session.step
+    if step == 0:
+        return getattr(evaluation, "at_start", False)
+    if evaluation.every_steps is not None and step % evaluation.every_steps == 0:
+        return True
+    epochs = getattr(evaluation, "every_epochs", None)
+    if epochs is None or step >= session.total_steps:
+        return False
+    before, now = (session.pipeline.epoch(number) // epochs for number in (step - 1, step))
+    return now > before

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from flaxpretrain.hardware import peak_of
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, assemble, framing_of, random_batch
 from flaxpretrain.training.checkpoints import Checkpoints
+from flaxpretrain.training.evaluate import due_evaluations
 from flaxpretrain.training.metrics import (
     Figures,
     JsonLines,
@@ -43,7 +44,6 @@ from flaxpretrain.training.session import (
     facts,
     keep_tokenizer,
     note_of_warmup,
-    open_pipeline,
     open_run_dataset,
     resolve_phases,
     total_steps,
@@ -332,10 +332,12 @@ def _train(
     terminal: Terminal,
     identity: str,
 ) -> int:
-    run, pipeline = session.run, open_pipeline(session.run, session.dataset, session.phases)
+    run, pipeline = session.run, session.pipeline
     meter = _Meter(session)
     saver = _Saver(session, checkpoints, identity)
     started = time.monotonic()
+    if session.step == 0:
+        _evaluate(session, writers, due_evaluations(session))
     with Preemption() as preemption:
         for phase, first, last in spans(session.phases):
             if session.step >= last:
@@ -351,7 +353,7 @@ def _train(
                     "to go on"
                 )
                 return program.EXIT_PREEMPTED
-    _evaluate(session, writers, at_end=True)
+    _evaluate(session, writers, run.evaluations)
     saver.save(force=True)
     checkpoints.wait()
     terminal.close()
@@ -389,12 +391,12 @@ def _run_phase(
         session.step += 1
         _log(session, meter, writers, meter.exchange(session.step, metrics, flops))
         stop = preemption.requested(session.step)
-        evaluate = any(_due(e.every_steps, session.step) for e in session.run.evaluations)
+        evaluate = bool(due_evaluations(session))
         save = saver.due() and not stop
         if evaluate or save or stop or session.step == last:
             _log(session, meter, writers, meter.flush())
         if evaluate and session.step < session.total_steps:
-            _evaluate(session, writers)
+            _evaluate(session, writers, due_evaluations(session))
         if save:
             saver.save()
         if evaluate or save:
@@ -402,10 +404,6 @@ def _run_phase(
         if stop:
             return True
     return False
-
-
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
 
 
 def _log(
@@ -449,10 +447,8 @@ def _log(
                 writer.step(step)
 
 
-def _evaluate(session: Session, writers: list[Writer], at_end: bool = False) -> None:
-    for evaluation in session.run.evaluations:
-        if not at_end and not _due(evaluation.every_steps, session.step):
-            continue
+def _evaluate(session: Session, writers: list[Writer], evaluations: Iterable[Any]) -> None:
+    for evaluation in evaluations:
         figures = evaluation.run(session)
         if not figures:
             continue  # a push to the hub, say

@@ -1,6 +1,7 @@
 """A run opened in its workdir: what evaluations, finishing steps and tools work with."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -50,6 +51,11 @@ class Session:
     def total_steps(self) -> int:
         """Steps of all phases."""
         return total_steps(self.phases)
+
+    @functools.cached_property
+    def pipeline(self) -> Pipeline:
+        """The training batches."""
+        return open_pipeline(self.run, self.dataset, self.phases)
 
     def eval_step(self, objective: Any = None) -> Callable[[Any, Any], Any]:
         """The jitted evaluation step, compiled once an objective."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flaxpretrain.data.rows import Blocks, Documents
+from flaxpretrain.data.rows import Blocks, Documents, WholeBlocks
 from flaxpretrain.data.views import read_views
 from flaxpretrain.errors import UserError
 from tests.data.streams import make_split, recognisable
@@ -59,6 +59,22 @@ def test_blocks_end_to_end_are_the_stream(tmp_path, shard_bytes, length):
     assert (rows["piece_lengths"][:-1] == length - 2).all()
     assert plan.real_tokens_per_epoch == split.tokens + 2 * len(index)
     assert plan.padding_share == pytest.approx(1 - (kept.sum(1) + 2).sum() / (len(index) * length))
+
+
+@pytest.mark.parametrize("length", [3, 10, 15, 171])  # 169 tokens: 1, 8, 13 and 169 a row
+def test_whole_blocks_are_blocks_but_for_a_short_last_one(tmp_path, length):
+    split = make_split(tmp_path, LENGTHS)
+    plan, padded = (layout.plan(split, length, 2) for layout in (WholeBlocks(), Blocks()))
+    assert plan.rows_per_epoch == split.tokens // (length - 2)
+    assert plan.padding_share == 0
+    index, epoch = np.arange(plan.rows_per_epoch), np.zeros(plan.rows_per_epoch, int)
+    rows, others = plan.rows(0, epoch, index), padded.rows(0, epoch, index)
+    assert all((rows[name] == others[name]).all() for name in rows)
+
+
+def test_text_that_fills_no_whole_block_is_named(tmp_path):
+    with pytest.raises(UserError, match="has 4 tokens, which do not fill a row of 8: use Blocks"):
+        WholeBlocks().plan(make_split(tmp_path, [4]), 10, 2)
 
 
 @SHARDS

@@ -19,10 +19,11 @@ from tokenizers.models import WordLevel
 
 from flaxpretrain import program
 from flaxpretrain.config import Logging, Mesh, Phase, Seeds
+from flaxpretrain.data.rows import Documents
 from flaxpretrain.data.store import open_dataset
 from flaxpretrain.errors import UserError
 from flaxpretrain.objectives.masked_lm import MaskedLM
-from flaxpretrain.training.evaluate import FixedNoise
+from flaxpretrain.training.evaluate import FixedNoise, FixedNoiseByEpoch
 from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.loop import NotFinite, train
 from flaxpretrain.training.metrics import read_metrics
@@ -355,6 +356,19 @@ def test_evaluations_are_written_under_their_names_and_the_last_at_the_end(tmp_p
     train(run, tmp_path / "w", quiet=True)
     rows = [r for r in read_metrics(tmp_path / "w" / "metrics.jsonl") if "held_out/masked_lm" in r]
     assert [row["step"] for row in rows] == [4, 6]
+
+
+def test_evaluations_may_come_before_the_first_step_and_after_each_epoch(tmp_path, data):
+    evaluation = FixedNoiseByEpoch(batch_size=8, name="held_out")
+    phases = (Phase(epochs=2.5, length=32, batch_size=8),)
+    run = toy(data, evaluations=(evaluation,), phases=phases)
+    train(run, tmp_path / "w", quiet=True)
+    rows = [r for r in read_metrics(tmp_path / "w" / "metrics.jsonl") if "held_out/masked_lm" in r]
+    dataset = open_dataset(Path(data))
+    epoch = -(-Documents().plan(dataset.split("train"), 32, 2).rows_per_epoch / 8 // 1)
+    steps = [row["step"] for row in rows]
+    assert steps[0] == 0 and len(steps) == 4 and abs(steps[1] - epoch) <= 1
+    assert rows[-1]["held_out/masked_lm"] != rows[0]["held_out/masked_lm"]
 
 
 def test_the_workdir_tells_how_to_repeat_the_run(trained):

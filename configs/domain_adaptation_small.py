@@ -1,0 +1,36 @@
+"""Domain adaptation on a laptop: the model of configs/general_30min.py on text of another kind.
+
+    python tools/build_pretraining_dataset.py --corpus-dir TEXT --format lines \
+        --tokenizer TOKENIZER --validation-share 0.1 --output-dir DATA --max-seq-length 64
+    python run_pretraining.py configs/domain_adaptation_small.py --data-dir DATA \
+        --init-from runs/general_30min
+
+TOKENIZER is that of the general model. One word in five is masked, always by [MASK]; the figures
+are under the course's masks of 15 % of the tokens. docs/domain_adaptation.md tells what it gave.
+"""
+
+import dataclasses
+
+from domain_adaptation import recipe as with_distilbert
+from general_30min import recipe as general
+
+from flaxpretrain.config import Phase, Run
+from flaxpretrain.data.word_masking import WordBernoulliMasking
+from flaxpretrain.objectives.masked_lm import MaskedLM
+from flaxpretrain.training.optimizers import Muon
+from flaxpretrain.training.schedules import WarmupLinear
+
+POD = "v5e:1x1"
+"""The TPU slice that tools/compile_all.py compiles this recipe for."""
+
+
+def recipe() -> Run:
+    """BERT of 2 layers x 128, vocabulary 8,000, with dropout; 10 epochs of 32 rows of 64."""
+    return dataclasses.replace(
+        with_distilbert(),
+        model=dataclasses.replace(general().model, hidden_dropout_prob=0.1),
+        objective=MaskedLM(masking=WordBernoulliMasking(rate=0.2)),
+        optimizer=Muon(3e-3, adam_rate=0.3, weight_decay=0.1),
+        schedule=WarmupLinear(warmup_share=0.1),
+        phases=(Phase(epochs=10, length=64, batch_size=32),),
+    )
