@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from flaxpretrain.data.encoding import TRAIN, VALIDATION, EncodedChunk, Encoder, chunks
 from flaxpretrain.data.encoding import encode_chunks as encode_all
-from flaxpretrain.data.sources import Source
+from flaxpretrain.data.sources import Losses, Source
 from flaxpretrain.data.store import (
     FORMAT,
     METADATA_FILE,
@@ -43,7 +44,7 @@ from flaxpretrain.data.word_starts import SEGMENTERS
 from flaxpretrain.errors import UserError
 
 STATE_FILE = "state.json"
-SPLITS = (TRAIN, VALIDATION)
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 COMPATIBLE = ("electra",)
 """Programs whose rows can be made from a dataset."""
 
@@ -66,6 +67,12 @@ class BuildSettings:
     """
     words: str | None = None
     """What finds words in scripts without spaces, for whole word masks: "jieba", or nothing."""
+    skip_broken: bool = False
+    """Goes on after lines, records and files that cannot be read, and counts them."""
+    held_out: tuple[str, ...] = ()
+    """Names of splits that hold one source each, all of it: the last sources, in this order."""
+    shard: str | None = None
+    """Which part of the text this is, "0/8" to "7/8", of a dataset that `merging` puts together."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
@@ -78,6 +85,14 @@ class BuildSettings:
             raise UserError(f"compat is {' or '.join(COMPATIBLE)}, or None; got {self.compat!r}")
         if self.words not in (None, *SEGMENTERS):
             raise UserError(f"words is {' or '.join(SEGMENTERS)}, or None; got {self.words!r}")
+        for name in self.held_out:
+            if name == TRAIN or not _SPLIT_NAME.fullmatch(name) or self.held_out.count(name) > 1:
+                raise UserError(
+                    f"--held-out {name}: expected another name than {TRAIN}, used once, of "
+                    "letters, digits and _"
+                )
+        if self.shard is not None and self.limit is not None:
+            raise UserError("--limit counts documents of the whole text: with --shard use --sample")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +131,7 @@ def build(
     if num_processes < 1:
         raise UserError(f"--num-processes is 1 or more; got {num_processes}")
     output = Path(os.path.abspath(output))
-    builder = _Builder(sources, tokenizer, output, settings, provenance)
+    builder = _Builder(sources, tokenizer, output, settings, provenance, notify)
     builder.refuse_what_is_no_dataset()
     if not overwrite and builder.is_built(notify):
         return open_dataset(output)
@@ -133,8 +148,14 @@ def build(
 class _Text:
     """Counts and digests of the text read so far, over all sources and of each."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        skip_broken: bool = False,
+        notify: Callable[[str], None] = lambda message: None,
+    ) -> None:
         self._names = [source.name for source in sources]
+        self.losses = [Losses(skip_broken, notify) for _ in sources]
         self._counts = [{"documents": 0, "bytes": 0} for _ in sources]
         self._digests = [hashlib.sha256() for _ in sources]
         self._all = hashlib.sha256()
@@ -152,10 +173,12 @@ class _Text:
         return digest.hexdigest()
 
     def entries(self) -> list[dict[str, Any]]:
-        """The objects of `sources` in `dataset.json`."""
+        """The objects of `sources` in `dataset.json`; `lost` is there where something was."""
+        each = zip(self._names, self._counts, self._digests, self.losses, strict=True)
         return [
             {"name": name, **counts, "sha256": digest.hexdigest()}
-            for name, counts, digest in zip(self._names, self._counts, self._digests, strict=True)
+            | ({"lost": losses.counts()} if losses.counts() else {})
+            for name, counts, digest, losses in each
         ]
 
 
@@ -169,6 +192,7 @@ class _Builder:
         output: Path,
         settings: BuildSettings,
         provenance: Provenance,
+        notify: Callable[[str], None],
     ) -> None:
         self.sources = sources
         self.tokenizer = tokenizer
@@ -178,15 +202,17 @@ class _Builder:
         self.partial = partial_folder(output)
         self.folder = self.partial / "dataset"
         self.dtype = id_type(tokenizer.vocabulary.size)
-        self.text = _Text(sources)
+        self.text = _Text(sources, settings.skip_broken, notify)
         self.done: dict[str, int] = {}
         self.marks: dict[str, dict[str, Any]] = {}
         self.writers: dict[str, SplitWriter] = {}
+        self.splits = tuple(dict.fromkeys((TRAIN, VALIDATION, *settings.held_out)))
         # The state is compared as JSON gives it back.
+        build = json.loads(json.dumps(dataclasses.asdict(settings)))
         self.identity: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": tokenizer.fingerprint,
-            "build": dataclasses.asdict(settings),
+            "build": build,
         }
 
     def refuse_what_is_no_dataset(self) -> None:
@@ -250,7 +276,7 @@ class _Builder:
             remove_folder(self.folder)
         self.folder.mkdir(exist_ok=True)
         self.done = {split: mark["documents"] for split, mark in self.marks.items()}
-        for split in SPLITS:
+        for split in self.splits:
             shards = self.marks.get(split, {}).get("shards", ())
             self.writers[split] = SplitWriter(
                 self.folder, split, self.dtype, self.settings.shard_bytes, shards
@@ -261,7 +287,7 @@ class _Builder:
 
     def encode(self, num_processes: int, progress: Callable[[int], None]) -> None:
         """Reads all text, encodes what is not done and writes it."""
-        settings = self.settings
+        settings, held = self.settings, len(self.settings.held_out)
         encoder = Encoder(
             self.tokenizer,
             self.dtype,
@@ -269,9 +295,10 @@ class _Builder:
             settings.seed,
             self.done,
             settings.words,
+            dict(enumerate(settings.held_out, len(self.sources) - held)),
         )
         unchecked = dict(self.marks)
-        read = chunks(self.sources, settings.limit)
+        read = chunks(self.sources, settings.limit, self.text.losses, held)
         for chunk in encode_all(encoder, read, num_processes):
             self._check(chunk, unchecked)
             for split, encoded in chunk.splits.items():
@@ -292,7 +319,8 @@ class _Builder:
         for writer in self.writers.values():
             writer.close()
         entries = {split: writer.entry() for split, writer in self.writers.items()}
-        if not entries[TRAIN]["tokens"]:
+        part = self.settings.shard is not None
+        if not entries[TRAIN]["tokens"] and not part:
             held_out = entries[VALIDATION]["documents"]
             raise UserError(
                 "there is no text to train on: "
@@ -302,8 +330,11 @@ class _Builder:
                     else "the sources hold no document with a token"
                 )
             )
-        if not entries[VALIDATION]["tokens"]:
-            del entries[VALIDATION]
+        for name, entry in list(entries.items()):
+            if not entry["tokens"]:
+                if name in self.settings.held_out and not part:
+                    raise UserError(f"--held-out {name}: its source holds no document with a token")
+                del entries[name]
         self.tokenizer.save(self.folder / TOKENIZER_FOLDER)
         write_metadata(
             self.folder,
@@ -366,10 +397,12 @@ class _Builder:
 
     def _read_text(self) -> list[dict[str, Any]]:
         """Reads all text without encoding it, for its digest."""
-        text = _Text(self.sources)
-        nothing = {split: np.iinfo(np.int64).max for split in SPLITS}
+        text = _Text(self.sources, self.settings.skip_broken)
+        nothing = {split: np.iinfo(np.int64).max for split in self.splits}
         encoder = Encoder(self.tokenizer, self.dtype, 0.0, 0, nothing)
-        for chunk in encode_all(encoder, chunks(self.sources, self.settings.limit), 1):
+        held = len(self.settings.held_out)
+        read = chunks(self.sources, self.settings.limit, text.losses, held)
+        for chunk in encode_all(encoder, read, 1):
             text.add(chunk)
         return text.entries()
 

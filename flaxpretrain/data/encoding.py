@@ -13,14 +13,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 
 import numpy as np
 
 from flaxpretrain.data.randomness import fold
-from flaxpretrain.data.sources import Document, Source
+from flaxpretrain.data.sources import Document, Losses, Source
 from flaxpretrain.data.tokenizers import Tokenizer
 from flaxpretrain.data.word_starts import segmenter
 from flaxpretrain.errors import UserError
@@ -82,7 +82,8 @@ class Encoder:
     A document goes to the validation split by its content and the seed alone, so that equal
     documents stay together and neither files nor processes matter. `done` are the numbers of
     documents that are in the finished shards of each split already. `words` names the segmenter
-    that finds words where the script has no spaces; None leaves it to the tokenizer.
+    that finds words where the script has no spaces; None leaves it to the tokenizer. `held_out`
+    names the split that all documents of a source go to, by the source's number.
     """
 
     tokenizer: Tokenizer
@@ -91,6 +92,7 @@ class Encoder:
     seed: int
     done: dict[str, int]
     words: str | None = None
+    held_out: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Encodes the documents of a chunk that are not done."""
@@ -99,11 +101,16 @@ class Encoder:
         digests = np.frombuffer(joined, "<u8")
         # In units of 2**-53: exact in float64.
         draws = (fold(digests, self.seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        validates = draws < self.validation_share
+        whole = self.held_out.get(chunk.source)
+        if whole is None:
+            validates = draws < self.validation_share
+            shares = [(TRAIN, ~validates), (VALIDATION, validates)]
+        else:
+            shares = [(whole, np.ones(len(texts), bool))]
         numbers = chunk.first + np.arange(len(texts))
         sizes = np.array([len(text) for text in texts], np.int64)
         splits = {}
-        for split, chosen in ((TRAIN, ~validates), (VALIDATION, validates)):
+        for split, chosen in shares:
             wanted = np.flatnonzero(chosen & (numbers >= self.done.get(split, 0)))
             if len(wanted):
                 documents = [chunk.documents[i] for i in wanted]
@@ -153,8 +160,17 @@ class Encoder:
 _segmenter = functools.cache(segmenter)
 
 
-def chunks(sources: Sequence[Source], limit: int | None) -> Iterator[Chunk]:
-    """The documents of all sources, `limit` of them at most, in chunks of one source each."""
+def chunks(
+    sources: Sequence[Source],
+    limit: int | None,
+    losses: Sequence[Losses] | None = None,
+    unlimited: int = 0,
+) -> Iterator[Chunk]:
+    """The documents of all sources, `limit` of them at most, in chunks of one source each.
+
+    `losses`, one a source, count what reading leaves out; without them nothing may be broken. The
+    last `unlimited` sources are read whole.
+    """
     first = 0
     for number, source in enumerate(sources):
         read = 0
@@ -169,10 +185,13 @@ def chunks(sources: Sequence[Source], limit: int | None) -> Iterator[Chunk]:
             first, read = first + len(held), 0
             return made
 
-        left = None if limit is None else limit - first
+        whole = limit is None or number >= len(sources) - unlimited
+        left = None if whole else limit - first
         held: list[tuple[str, ...]] = []
         size = 0
-        documents: Iterable[Document] = source.documents(progress)
+        documents: Iterable[Document] = source.documents(
+            progress, None if losses is None else losses[number]
+        )
         for document in itertools.islice(documents, left):
             held.append(document.sentences)
             size += sum(map(len, document.sentences))

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flaxpretrain.data.sources import Document, Source
+from flaxpretrain.data.sources import Document, Losses, Source
 from flaxpretrain.errors import UserError
 
 SKIPPED_FOLDERS = frozenset(
@@ -61,7 +61,9 @@ class InterpreterText(Source):
         """UTF-8 bytes of the text."""
         return sum(map(_bytes, self._documents))
 
-    def documents(self, progress: Callable[[int], None] | None = None) -> Iterator[Document]:
+    def documents(
+        self, progress: Callable[[int], None] | None = None, losses: Losses | None = None
+    ) -> Iterator[Document]:
         """Topics first, in the order of their names, then modules, in the order of their paths."""
         for document in self._documents:
             if progress is not None:

@@ -1,41 +1,30 @@
-"""Where documents come from: text files of three formats, plain or gzipped, as one sequence.
+"""Where documents come from: files of text or of records, as one sequence of documents.
 
 The sequence of documents is all that counts: how they are spread over files leaves no trace in a
 dataset. Texts are taken as they are, but for line ends; normalising is the tokenizer's task.
+Libraries of data sets are read in `library_sources`.
 """
 
 import abc
-import contextlib
 import dataclasses
-import gzip
-import io
-import zlib
+import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from flaxpretrain.data import document
+from flaxpretrain.data.document import Document, Losses, blank
+from flaxpretrain.data.lines import read_lines
+from flaxpretrain.data.randomness import fold
+from flaxpretrain.data.records import TEXT, Columns, reader_of
 from flaxpretrain.errors import UserError
 
-BLOCK = 1 << 20
-"""Bytes read at once."""
-
-LONGEST_DOCUMENT = 1 << 22
-"""Characters; a longer document is cut at a sentence's end, to bound memory.
-
-No row is long enough to tell: it is about a million tokens.
-"""
-
-LONGEST_LINE = 1 << 24
-"""Bytes; a longer line is no text, or text that should have been cut."""
-
 FORMATS = ("sentences", "lines", "files")
-SUFFIX_GZIP = ".gz"
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Document:
-    """One document: what stood on each of its lines, a sentence or a paragraph; none is blank."""
-
-    sentences: tuple[str, ...]
+Progress = Callable[[int], None]
+"""Is told of every so many bytes that were read."""
 
 
 class Source(abc.ABC):
@@ -44,24 +33,32 @@ class Source(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def documents(self, progress: Callable[[int], None] | None = None) -> Iterator[Document]:
-        """Reads all documents; `progress` is told of every so many bytes that were read.
+    def documents(
+        self, progress: Progress | None = None, losses: Losses | None = None
+    ) -> Iterator[Document]:
+        """Reads all documents; `losses` says what becomes of broken ones, None that they stop it.
 
         Raises:
-          UserError: a file cannot be read, is not UTF-8, or its compression is broken.
+          UserError: a file cannot be read, or something in it is broken.
         """
 
     @abc.abstractmethod
-    def size(self) -> int:
-        """Bytes that `progress` will have been told of at the end."""
+    def size(self) -> int | None:
+        """Bytes that `progress` will have been told of at the end; None where nobody knows."""
+
+    def shard(self, index: int, count: int) -> "Source":
+        """Part `index` of `count`: together they give every document once."""
+        return self if count == 1 else Strided(self, index, count)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles(Source):
-    """Text files, read one after the other.
+    """Files, read one after the other.
 
-    `format` says what a document is: "sentences": lines up to a blank line or the file's end;
-    "lines": each line; "files": each file, blank lines ignored.
+    Those ending in .jsonl, .ndjson, .json, .tsv and .parquet hold records, a document each, of
+    which `columns` says what is read. All others hold text, of which `format` says what a document
+    is: "sentences": lines up to a blank line or the file's end; "lines": each line; "files": each
+    file, blank lines ignored. All but Parquet may be compressed: .gz, .xz, .zst.
     """
 
     name: str
@@ -69,30 +66,133 @@ class TextFiles(Source):
     format: str = "sentences"
     errors: str = "strict"
     """What bytes that are not UTF-8 do: "strict" stops with an error, "replace" puts U+FFFD."""
+    columns: Columns = TEXT
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise UserError(f"a text format is one of {', '.join(FORMATS)}; got {self.format!r}")
-        if self.errors not in ("strict", "replace"):
-            raise UserError(f"errors is 'strict' or 'replace'; got {self.errors!r}")
+        check_errors(self.errors)
 
     def size(self) -> int:
         """Bytes on the disk, compressed ones where a file is compressed."""
         return sum(path.stat().st_size for path in self.paths)
 
-    def documents(self, progress: Callable[[int], None] | None = None) -> Iterator[Document]:
+    def documents(
+        self, progress: Progress | None = None, losses: Losses | None = None
+    ) -> Iterator[Document]:
         """Reads all documents of all files, in the order of `paths`."""
+        losses = losses or Losses()
         for path in self.paths:
-            lines = _read_lines(path, self.errors, progress)
+            reader = reader_of(path)
+            if reader is not None:
+                yield from reader(path, self.columns, self.errors, losses, progress)
+                continue
+            if self.columns.target is not None:
+                raise UserError(
+                    f"{path} holds plain text, where --target-column asks for pairs: give them as "
+                    ".jsonl, .tsv or .parquet"
+                )
+            lines = (texts for _, texts in read_lines(path, self.errors, losses, progress))
             if self.format == "lines":
-                for batch in lines:
-                    yield from (Document((line,)) for line in batch if not _blank(line))
+                for texts in lines:
+                    yield from (Document((text,)) for text in texts if text and not blank(text))
             else:
                 yield from _grouped(lines, blanks_separate=self.format == "sentences")
 
+    def shard(self, index: int, count: int) -> Source:
+        """Whole files, where that gives parts of about the same size; else every so many documents.
+
+        Each part then reads all files and encodes its share.
+        """
+        loads, owner = [0] * count, {}
+        sizes = {number: path.stat().st_size for number, path in enumerate(self.paths)}
+        for number in sorted(sizes, key=lambda number: (-sizes[number], number)):
+            owner[number] = loads.index(min(loads))
+            loads[owner[number]] += sizes[number]
+        if count > 1 and max(loads) * count > 1.25 * sum(loads):
+            return super().shard(index, count)
+        paths = (path for number, path in enumerate(self.paths) if owner[number] == index)
+        return dataclasses.replace(self, paths=tuple(paths))
+
+
+def check_errors(errors: str) -> None:
+    """Raises UserError on a policy that there is not."""
+    if errors not in ("strict", "replace"):
+        raise UserError(f"errors is 'strict' or 'replace'; got {errors!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided(Source):
+    """Every `count`-th document of a source, from the `index`-th on."""
+
+    source: Source
+    index: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.source.name
+
+    def size(self) -> int | None:
+        """As the source: all of it is read."""
+        return self.source.size()
+
+    def documents(
+        self, progress: Progress | None = None, losses: Losses | None = None
+    ) -> Iterator[Document]:
+        """Reads all documents and passes some on."""
+        every = self.source.documents(progress, losses)
+        return itertools.islice(every, self.index, None, self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled(Source):
+    """About `share` of a source's documents, picked by their content and a seed.
+
+    So equal documents stay or go together, and a smaller share is a part of a larger one.
+    """
+
+    source: Source
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"--sample: a share is above 0 and at most 1; got {self.share}")
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.source.name
+
+    def size(self) -> int | None:
+        """As the source: all of it is read."""
+        return self.source.size()
+
+    def documents(
+        self, progress: Progress | None = None, losses: Losses | None = None
+    ) -> Iterator[Document]:
+        """Reads all documents and passes some on."""
+        for found in self.source.documents(progress, losses):
+            text = "\n".join(found.sentences).encode()
+            # Not the digest that says which documents are held out.
+            digest = hashlib.blake2b(text, digest_size=8, person=b"sample").digest()
+            draw = int(fold(np.frombuffer(digest, "<u8"), self.seed)[0]) >> 11
+            if draw * 2.0**-53 < self.share:
+                yield found
+
+    def shard(self, index: int, count: int) -> Source:
+        """The same share of a part."""
+        return dataclasses.replace(self, source=self.source.shard(index, count))
+
 
 def text_files(
-    folder: Path | str, format: str = "sentences", errors: str = "strict", name: str | None = None
+    folder: Path | str,
+    format: str = "sentences",
+    errors: str = "strict",
+    name: str | None = None,
+    columns: Columns = TEXT,
 ) -> TextFiles:
     """A file, or all files of a folder and the folders in it, sorted by their path.
 
@@ -104,7 +204,7 @@ def text_files(
     folder = Path(folder)
     name = folder.resolve().name if name is None else name
     if folder.is_file():
-        return TextFiles(name, (folder,), format, errors)
+        return TextFiles(name, (folder,), format, errors, columns)
     if not folder.is_dir():
         raise UserError(f"there is no file or folder {folder}")
     found = [
@@ -115,100 +215,44 @@ def text_files(
     if not found:
         raise UserError(f"the folder {folder} holds no files")
     paths = sorted(found, key=lambda path: path.relative_to(folder).parts)
-    return TextFiles(name, tuple(paths), format, errors)
+    return TextFiles(name, tuple(paths), format, errors, columns)
 
 
 def _hidden(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") for part in parts)
 
 
-def _blank(line: str) -> bool:
-    return not line or line.isspace()
-
-
-def _grouped(lines: Iterator[list[str]], blanks_separate: bool) -> Iterator[Document]:
+def _grouped(lines: Iterator[list[str | None]], blanks_separate: bool) -> Iterator[Document]:
     """Lines of one file as documents."""
     sentences: list[str] = []
     size = 0
-    for batch in lines:
-        for line in batch:
-            if _blank(line):
+    for texts in lines:
+        for line in texts:
+            if line is None:
+                continue
+            if blank(line):
                 if blanks_separate and sentences:
                     yield Document(tuple(sentences))
                     sentences, size = [], 0
                 continue
             sentences.append(line)
             size += len(line)
-            if size >= LONGEST_DOCUMENT:
+            if size >= document.LONGEST_DOCUMENT:
                 yield Document(tuple(sentences))
                 sentences, size = [], 0
     if sentences:
         yield Document(tuple(sentences))
 
 
-def _read_lines(
-    path: Path, errors: str, progress: Callable[[int], None] | None
-) -> Iterator[list[str]]:
-    """The lines of a file without their ends, some at a time; a byte order mark is dropped.
-
-    Only "\\n" and "\\r\\n" end a line: U+2028 and its like are text.
-    """
-    offset = lines = told = 0
-    rest = b""
-    with _open(path) as (raw, file):
-        while True:
-            block = _read(path, file)
-            if progress is not None:
-                position = raw.tell()
-                progress(position - told)
-                told = position
-            if not block and not rest:
-                return
-            # A character never spans blocks: they are cut after a line end.
-            cut = block.rfind(b"\n") + 1 if block else 0
-            if block and not cut:
-                rest += block
-                if len(rest) > LONGEST_LINE:
-                    raise UserError(
-                        f"{path}, line {lines + 1}: longer than {LONGEST_LINE} bytes; is it text?"
-                    )
-                continue
-            whole, rest = rest + block[:cut], block[cut:]
-            start = 3 if offset == 0 and whole.startswith(b"\xef\xbb\xbf") else 0
-            try:
-                text = whole[start:].decode("utf-8", errors)
-            except UnicodeDecodeError as error:
-                line = lines + whole.count(b"\n", 0, start + error.start) + 1
-                raise UserError(
-                    f"{path} is not UTF-8: byte {offset + start + error.start}, line {line}; "
-                    "convert it, or pass --errors replace"
-                ) from None
-            if "\r\n" in text:
-                text = text.replace("\r\n", "\n")
-            batch = text.removesuffix("\n").split("\n")
-            offset += len(whole)
-            lines += len(batch)
-            yield batch
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
-    """The file on the disk, whose position is the progress, and the file to read text from."""
-    try:
-        raw = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    with raw:
-        if path.suffix == SUFFIX_GZIP:
-            yield raw, gzip.GzipFile(fileobj=raw, mode="rb")
-        else:
-            yield raw, raw
-
-
-def _read(path: Path, file: io.BufferedIOBase) -> bytes:
-    try:
-        return file.read(BLOCK)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a broken gzip file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+__all__ = [
+    "FORMATS",
+    "Columns",
+    "Document",
+    "Losses",
+    "Sampled",
+    "Source",
+    "Strided",
+    "TextFiles",
+    "check_errors",
+    "text_files",
+]

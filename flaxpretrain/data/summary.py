@@ -9,6 +9,26 @@ from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 
 
+def losses(dataset: Dataset) -> list[str]:
+    """A line for each source of which something was left out or changed, and why."""
+    words = {
+        "broken": "left out as broken",
+        "empty": "records without text",
+        "replaced": "lines with bytes that are not UTF-8, now U+FFFD",
+    }
+    lines = []
+    for source in dataset.metadata["sources"]:
+        lost = source.get("lost", {})
+        if lost:
+            what = "; ".join(f"{count:,} {words.get(name, name)}" for name, count in lost.items())
+            lines.append(f"{source['name']}: {what}")
+    read = sum(source["documents"] for source in dataset.metadata["sources"])
+    kept = sum(split.documents for split in dataset.splits.values())
+    if kept < read:
+        lines.append(f"{read - kept:,} of {read:,} documents hold no token")
+    return lines
+
+
 def counts(dataset: Dataset) -> list[str]:
     """A line for each split: documents, sentences, tokens, bytes, the share of unknown tokens.
 

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from flaxpretrain.data import sources
+from flaxpretrain.data import document, lines
 from flaxpretrain.data.interpreter import InterpreterText
 from flaxpretrain.data.sources import Document, TextFiles, text_files
 from flaxpretrain.errors import UserError
@@ -45,7 +45,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])
 def test_every_layout_gives_the_same_documents(tmp_path, layout, block, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", block)
+    monkeypatch.setattr(lines, "BLOCK", block)
     assert read(text_files(write(tmp_path, LAYOUTS[layout]))) == DOCUMENTS
 
 
@@ -68,14 +68,14 @@ def test_only_line_feeds_end_lines_and_spaces_stay(tmp_path):
 
 
 def test_a_very_long_document_is_cut_at_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 10)
+    monkeypatch.setattr(document, "LONGEST_DOCUMENT", 10)
     write(tmp_path, {"a.txt": "12345\n67890\nabc\ndef\n"})
     assert read(text_files(tmp_path)) == [("12345", "67890"), ("abc", "def")]
 
 
 def test_a_line_that_never_ends_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 100)
-    monkeypatch.setattr(sources, "BLOCK", 64)
+    monkeypatch.setattr(document, "LONGEST_LINE", 100)
+    monkeypatch.setattr(lines, "BLOCK", 64)
     write(tmp_path, {"a.txt": "short\n" + "x" * 500})
     with pytest.raises(UserError, match="a.txt, line 2: longer than 100"):
         read(text_files(tmp_path))
@@ -92,7 +92,7 @@ def test_progress_adds_up_to_the_size(tmp_path):
 def test_what_is_not_utf8_is_named_with_its_place(tmp_path, monkeypatch):
     write(tmp_path, {"a.txt": b"good\nline\nb\xe9d\n"})
     for block in (1 << 20, 4):
-        monkeypatch.setattr(sources, "BLOCK", block)
+        monkeypatch.setattr(lines, "BLOCK", block)
         with pytest.raises(UserError, match=r"a.txt is not UTF-8: byte 11, line 3"):
             read(text_files(tmp_path))
     assert read(text_files(tmp_path, errors="replace")) == [("good", "line", "b\ufffdd")]

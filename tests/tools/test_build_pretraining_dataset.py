@@ -219,3 +219,26 @@ def test_training_mistakes_are_one_line(corpus):
     ]:
         code, _, errors = run("train_tokenizer", *arguments, *more)
         assert code == 2 and message in errors and len(errors.splitlines()) == 1
+
+
+def test_records_in_parts_with_splits_of_their_own(tmp_path):
+    """JSON lines in two parts, put together; a broken line skipped and counted."""
+    rows = "".join(f'{{"body": "the river ran {n}"}}\n' for n in range(30))
+    (tmp_path / "a.jsonl").write_text(rows + "{\n")
+    (tmp_path / "b.txt").write_text("the town\n")
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, *"0123456789"]) + "\n")
+    flags = ["--corpus-dir", tmp_path / "a.jsonl", "--vocab-file", tmp_path / "vocab.txt"]
+    flags += ["--output-dir", tmp_path / "data", "--text-column", "body", "--num-processes", "1"]
+    flags += ["--held-out", f"validation={tmp_path / 'b.txt'}", "--max-seq-length", "16"]
+    code, _, errors = run("build_pretraining_dataset", *flags, "--shard", "0/2")
+    assert code == 2 and "a.jsonl, line 31: no JSON" in errors and "--skip-broken" in errors
+    for part in ("0/2", "1/2"):
+        given = (*flags, "--skip-broken", "--shard", part)
+        code, output, errors = run("build_pretraining_dataset", *given)
+        assert code == 0 and f"part {part} is " in output, errors
+    merging = ("--output-dir", tmp_path / "data", "--merge", "2", "--max-seq-length", "16")
+    code, output, errors = run("build_pretraining_dataset", *merging)
+    assert code == 0, errors
+    assert "train: 30 documents" in output and "validation: 1 documents" in output
+    code, _, errors = run("build_pretraining_dataset", *flags[2:], "--source", "web:x")
+    assert code == 2 and "web:x: expected hf:NAME" in errors
