@@ -63,7 +63,7 @@ def parser() -> program.Parser:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--vocab-file", help="a WordPiece vocab.txt")
     group.add_argument("--tokenizer",
-        help="tokenizer.json, SentencePiece's .model, a tokenizer's folder or a hub name")  # fmt: skip
+        help="tokenizer.json, SentencePiece .model, a tokenizer folder or hub name")  # fmt: skip
     add(
         "--sentinels", type=int, default=0, help="<extra_id_...> tokens to add, 100 for T5's .model"
     )

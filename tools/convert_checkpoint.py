@@ -38,6 +38,7 @@ from flaxpretrain.conversion.importing import (
 )
 from flaxpretrain.conversion.joint import pair_of
 from flaxpretrain.conversion.licences import require_licence
+from flaxpretrain.conversion.resizing import resized_for_tokenizer
 from flaxpretrain.conversion.sources import (
     Checkpoint,
     Origin,
@@ -102,6 +103,12 @@ def parser() -> program.Parser:
         help="owner/name, or a folder; two for generator and discriminator of an ELECTRA",
     )
     back.add_argument("--workdir", type=Path, required=True, help="to make")
+    back.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder of the model's tokenizer with more tokens, which get embeddings (default: its "
+        "own tokenizer)",
+    )
     add_continuing(back)
     add_from_tf(commands)
     return parser
@@ -232,6 +239,11 @@ def from_hf(arguments) -> None:
     if len(opened) < len(arguments.source):
         raise UserError(f"{arguments.source[0]} is given twice: name a folder for each network")
     models = {source: model for source, (model, _) in opened.items()}
+    if arguments.tokenizer is not None:
+        models = {
+            source: resized_for_tokenizer(model, arguments.tokenizer, source, print)
+            for source, model in models.items()
+        }
     make_workdir(models, opened[arguments.source[0]][1], arguments)
 
 

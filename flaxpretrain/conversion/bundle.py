@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from flaxpretrain.conversion.crc32c import crc32c, unmasked
+from flaxpretrain.data.protobuf import fields, varint
 from flaxpretrain.errors import UserError
 
 _MAGIC = 0xDB4775248B80FB57
@@ -69,7 +70,7 @@ class Bundle:
             )
         try:
             values = dict(_table(self.index.read_bytes()))
-            header = dict(_fields(values.pop(b"")))
+            header = dict(fields(values.pop(b"")))
             self._entries = {key: _entry(value) for key, value in values.items()}
         except (_Damaged, IndexError, KeyError, ValueError, struct.error) as error:
             raise UserError(
@@ -154,8 +155,8 @@ def _table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _handle(content: bytes, at: int) -> tuple[tuple[int, int], int]:
     """Offset and size of a block, and where reading goes on."""
-    offset, at = _varint(content, at)
-    size, at = _varint(content, at)
+    offset, at = varint(content, at)
+    size, at = varint(content, at)
     return (offset, size), at
 
 
@@ -174,41 +175,13 @@ def _block(content: bytes, handle: tuple[int, int]) -> Iterator[tuple[bytes, byt
     restarts = struct.unpack("<I", block[-4:])[0]
     end, at, key = size - 4 * (restarts + 1), 0, b""
     while at < end:
-        shared, at = _varint(block, at)
-        fresh, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, at = varint(block, at)
+        fresh, at = varint(block, at)
+        length, at = varint(block, at)
         key = key[:shared] + block[at : at + fresh]
         at += fresh
         yield key, block[at : at + length]
         at += length
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, low bits first, and where reading goes on."""
-    value = shift = 0
-    while True:
-        byte = content[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protocol buffer's fields: whole numbers, or bytes."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        if tag & 7 == 0:
-            value, at = _varint(message, at)
-        elif tag & 7 == 2:
-            length, at = _varint(message, at)
-            value, at = message[at : at + length], at + length
-        elif tag & 7 == 5:
-            value, at = struct.unpack("<I", message[at : at + 4])[0], at + 4
-        else:
-            raise _Damaged(f"a field of wire type {tag & 7}")
-        yield tag >> 3, value
 
 
 def _entry(message: bytes) -> Entry:
@@ -216,11 +189,11 @@ def _entry(message: bytes) -> Entry:
     values: dict[int, Any] = {}
     shape: tuple[int, ...] = ()
     slices = []
-    for number, value in _fields(message):
+    for number, value in fields(message):
         if number == 2:  # TensorShapeProto, whose field 2 are dimensions, of which field 1 the size
-            shape = tuple(int(dict(_fields(d)).get(1, 0)) for n, d in _fields(value) if n == 2)
+            shape = tuple(int(dict(fields(d)).get(1, 0)) for n, d in fields(value) if n == 2)
         elif number == 7:  # TensorSliceProto, whose field 1 are extents: 1 the start, 2 the length
-            extents = (dict(_fields(e)) for n, e in _fields(value) if n == 1)
+            extents = (dict(fields(e)) for n, e in fields(value) if n == 1)
             slices.append(tuple((int(e.get(1, 0)), int(e.get(2, -1))) for e in extents))
         else:
             values[number] = value

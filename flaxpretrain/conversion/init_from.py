@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from flaxpretrain.config import Run, dataset_folder
 from flaxpretrain.conversion.check import locally
 from flaxpretrain.conversion.folders import HubModel, config_class, params_of
+from flaxpretrain.conversion.resizing import resized_for_dataset
 from flaxpretrain.conversion.sources import open_model, write_origin
 from flaxpretrain.data.store import TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
@@ -45,8 +46,8 @@ def weights_from(
 
     What the run's model shares with the source is copied. Heads that the source lacks start
     fresh, from `run.seeds.init`; those that the run lacks are left. `say` gets a line on each.
-    With a `workdir`, the tokenizer of the run's dataset must agree with the source's, and the
-    workdir remembers what the run started from.
+    With a `workdir`, the tokenizer of the run's dataset must agree with the source's, or extend it,
+    and the workdir remembers what the run started from.
 
     Raises:
         UserError: another architecture, sizes or activations, another tokenizer, or names missing
@@ -54,7 +55,9 @@ def weights_from(
     """
     model, origin = open_model(source)
     if workdir is not None:
-        check_tokenizers(model.tokenizer, dataset_folder(run, workdir) / TOKENIZER_FOLDER, source)
+        tokenizer = dataset_folder(run, workdir) / TOKENIZER_FOLDER
+        model = resized_for_dataset(model, tokenizer, source, say)
+        check_tokenizers(model.tokenizer, tokenizer, source)
     params = fitted_params(model, run, source=str(source), say=say)
     if workdir is not None and jax.process_index() == 0:
         write_origin(workdir, origin)

@@ -12,6 +12,7 @@ from typing import Any
 from flaxpretrain.config import Run, dataset_folder
 from flaxpretrain.data import tokenizers
 from flaxpretrain.data.building import BuildSettings, Provenance, build
+from flaxpretrain.data.normalization import Normalization
 from flaxpretrain.data.progress import ReadingProgress
 from flaxpretrain.data.sources import Source
 from flaxpretrain.data.store import METADATA_FILE
@@ -38,7 +39,7 @@ class WordPiece:
         return train_wordpiece(
             [sentence for document in source.documents() for sentence in document.sentences],
             self.vocab_size,
-            lowercase=self.lowercase,
+            normalization=Normalization(lowercase=self.lowercase),
             alphabet_limit=self.alphabet_limit,
         )
 

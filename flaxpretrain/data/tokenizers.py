@@ -1,7 +1,7 @@
 """Loads, saves and applies tokenizers; reads special ids and word starts from them.
 
 Built on the `tokenizers` library: what a dataset was encoded with is the very file that the
-exported model carries. Training them is in `tokenizer_training`.
+exported model carries. Training is in `tokenizer_training`, more tokens in `tokenizer_extension`.
 """
 
 import functools
@@ -15,8 +15,19 @@ from typing import Any
 
 import numpy as np
 import tokenizers as library
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import models
 
+from flaxpretrain.data.backends import (
+    USUAL_NAMES,
+    add_sentinels,
+    byte_bpe_backend,
+    frame_like_roberta,
+    roles_by_name,
+    special_token,
+    wordpiece_backend,
+)
+from flaxpretrain.data.normalization import Normalization
+from flaxpretrain.data.sentencepiece_model import backend_of, read_model
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.data.word_starts import WordRule, word_rule
 from flaxpretrain.errors import UserError
@@ -24,20 +35,11 @@ from flaxpretrain.shapes import Bool, Int, Numpy
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+MAP_FILE = "special_tokens_map.json"
+"""Where older releases of Transformers name the special tokens."""
 SENTENCES = 512
 """Sentences encoded at once."""
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
-
-USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
-    "pad": ("[PAD]", "<pad>"),
-    "cls": ("[CLS]", "<cls>"),
-    "sep": ("[SEP]", "<sep>"),
-    "mask": ("[MASK]", "<mask>"),
-    "bos": ("[BOS]", "<s>", "<|endoftext|>"),
-    "eos": ("[EOS]", "</s>", "<|endoftext|>"),
-    "unk": ("[UNK]", "<unk>"),
-}
-"""How special tokens are spelled where no configuration names them."""
 
 
 class Tokenizer:
@@ -195,19 +197,37 @@ class Tokenizer:
 
 
 def load(
-    name: Path | str, lowercase: bool | None = None, strip_accents: bool | None = None
+    name: Path | str,
+    lowercase: bool | None = None,
+    strip_accents: bool | None = None,
+    *,
+    sentinels: int = 0,
 ) -> Tokenizer:
     """Loads a tokenizer from a file, a folder or the Hugging Face hub.
 
     A WordPiece `vocab.txt` becomes BERT's tokenizer, with these options (`lowercase` None: true;
-    `strip_accents` None: as `lowercase`). Everything else carries its own normaliser. A folder is
-    read from tokenizer.json, else from vocab.txt, else from vocab.json and merges.txt (byte-level
-    BPE), else by Transformers; so is a hub name.
+    `strip_accents` None: as `lowercase`). A SentencePiece `.model` cuts text as SentencePiece does;
+    the options come before its own normaliser (`lowercase` None: false), as ALBERT's do. Everything
+    else carries its own normaliser. A folder is read from tokenizer.json, else from vocab.txt, else
+    from vocab.json and merges.txt (byte-level BPE), else, where it says whose tokenizer it is, by
+    Transformers, else from a `.model` file; a hub name by Transformers. `sentinels` tokens
+    <extra_id_0>, ... are added behind those of a tokenizer that has none, as T5's are.
 
     Raises:
       UserError: nothing to load, a file that is no tokenizer, options that do not apply.
     """
-    path = Path(name)
+    loaded = _load(Path(name), str(name), lowercase, strip_accents)
+    if not sentinels:
+        return loaded
+    if loaded.vocabulary.sentinels:
+        count = len(loaded.vocabulary.sentinels)
+        raise UserError(f"tokenizer {name} has {count} sentinels already: leave --sentinels out")
+    backend = library.Tokenizer.from_str(loaded.backend.to_str())
+    add_sentinels(backend, sentinels)
+    return Tokenizer(backend, loaded.roles, loaded.settings)
+
+
+def _load(path: Path, name: str, lowercase: bool | None, strip_accents: bool | None) -> Tokenizer:
     if path.is_file() and path.suffix == ".txt":
         return _load_wordpiece(path, True if lowercase is None else lowercase, strip_accents)
     if path.is_dir() and not (path / TOKENIZER_FILE).exists() and (path / "vocab.txt").exists():
@@ -217,10 +237,14 @@ def load(
         if strip_accents is None:
             strip_accents = settings.get("strip_accents")
         return _load_wordpiece(path / "vocab.txt", lowercase, strip_accents)
+    pieces = _sentencepiece_file(path)
+    if pieces is not None:
+        normalization = Normalization(None, bool(lowercase), strip_accents)
+        return Tokenizer(*backend_of(read_model(pieces), normalization))
     if lowercase is not None or strip_accents is not None:
         raise UserError(
-            f"lower-casing and accent options apply to a WordPiece vocab.txt only; {name} has its "
-            "own normaliser: leave them out"
+            "lower-casing and accent options apply to a WordPiece vocab.txt or a SentencePiece "
+            f".model only; {name} has its own normaliser: leave them out"
         )
     if path.is_file() and path.suffix == ".json":
         return _load_json(path)
@@ -228,87 +252,23 @@ def load(
         return _load_json(path / TOKENIZER_FILE)
     if (path / "vocab.json").exists() and (path / "merges.txt").exists():
         return _load_byte_bpe(path)
-    if path.suffix in (".txt", ".json") or path.is_absolute() and not path.exists():
+    if path.suffix in (".txt", ".json", ".model") or path.is_absolute() and not path.exists():
         raise UserError(f"there is no tokenizer {name}: no such file or folder")
-    return _load_transformers(str(name))
+    return _load_transformers(name)
 
 
-def roles_by_name(tokens: Mapping[str, int]) -> dict[str, str]:
-    """The roles that usual spellings suggest: [MASK] or <mask> is the mask, and so on."""
-    roles = {}
-    for role, names in USUAL_NAMES.items():
-        found = next((name for name in names if name in tokens), None)
-        if found is not None:
-            roles[role] = found
-    # RoBERTa and BART frame with <s> and </s>; where there is a mask, they are cls and sep too.
-    if "mask" in roles and "cls" not in roles and {"bos", "eos"} <= set(roles):
-        roles |= {"cls": roles["bos"], "sep": roles["eos"]}
-    return {role: roles[role] for role in Vocabulary.TOKENS if role in roles}
-
-
-def wordpiece_backend(
-    vocabulary: Mapping[str, int], lowercase: bool, strip_accents: bool | None
-) -> library.Tokenizer:
-    """BERT's tokenizer over a vocabulary, framing with [CLS] and [SEP] where it has them."""
-    model = models.WordPiece(dict(vocabulary), unk_token=_wordpiece_unknown(vocabulary))
-    backend = library.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=True,
-        strip_accents=strip_accents,
-        lowercase=lowercase,
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    roles = roles_by_name(vocabulary)
-    special = sorted(set(roles.values()), key=vocabulary.__getitem__)
-    backend.add_special_tokens([library.AddedToken(token, special=True) for token in special])
-    if "cls" in roles and "sep" in roles:
-        backend.post_processor = framing_processor(backend, roles["cls"], roles["sep"])
-    return backend
-
-
-def byte_bpe_backend(model: models.BPE, add_prefix_space: bool) -> library.Tokenizer:
-    """GPT-2's and RoBERTa's tokenizer over a byte-level BPE model, without framing yet."""
-    backend = library.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def special_token(token: str) -> library.AddedToken:
-    """A special token; as in RoBERTa and ALBERT, a mask takes the space before it with it."""
-    return library.AddedToken(token, lstrip=token in USUAL_NAMES["mask"], special=True)
-
-
-def frame_like_roberta(backend: library.Tokenizer, add_prefix_space: bool) -> dict[str, str]:
-    """Adds <s> A </s></s> B </s> where the tokens are there; returns the roles of the tokens."""
-    ids = backend.get_vocab(with_added_tokens=True)
-    roles = roles_by_name(ids)
-    if "cls" in roles and "sep" in roles:
-        cls, sep = roles["cls"], roles["sep"]
-        backend.post_processor = processors.RobertaProcessing(
-            (sep, ids[sep]), (cls, ids[cls]), trim_offsets=True, add_prefix_space=add_prefix_space
-        )
-    return roles
-
-
-def framing_processor(
-    backend: library.Tokenizer, cls: str, sep: str
-) -> processors.TemplateProcessing:
-    """[CLS] text [SEP], and for a pair [CLS] text [SEP] text [SEP] with types 0 and 1."""
-    return processors.TemplateProcessing(
-        single=f"{cls} $A {sep}",
-        pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
-    )
-
-
-def _wordpiece_unknown(vocabulary: Mapping[str, int]) -> str:
-    for name in USUAL_NAMES["unk"]:
-        if name in vocabulary:
-            return name
-    raise UserError("a WordPiece vocabulary needs an unknown token: add a line [UNK] to vocab.txt")
+def _sentencepiece_file(path: Path) -> Path | None:
+    """The `.model` file that this path is, or that stands in a folder with nothing to say more."""
+    if path.is_file() and path.suffix == ".model":
+        return path
+    telling = (TOKENIZER_FILE, CONFIG_FILE, "config.json", "vocab.json")
+    if not path.is_dir() or any((path / name).exists() for name in telling):
+        return None
+    found = sorted(path.glob("*.model"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"the folder {path} holds several tokenizers: name one of {names}")
+    return found[0] if found else None
 
 
 def _load_wordpiece(path: Path, lowercase: bool, strip_accents: bool | None) -> Tokenizer:
@@ -324,7 +284,7 @@ def _load_wordpiece(path: Path, lowercase: bool, strip_accents: bool | None) -> 
             f"{path} holds no [UNK] among its {len(lines)} lines: a WordPiece vocabulary has one "
             "token a line and needs it"
         )
-    backend = wordpiece_backend(vocabulary, lowercase, strip_accents)
+    backend = wordpiece_backend(vocabulary, Normalization(None, lowercase, strip_accents))
     settings = {"do_lower_case": lowercase, "strip_accents": strip_accents}
     return Tokenizer(backend, roles_by_name(vocabulary), settings)
 
@@ -347,10 +307,12 @@ def _load_json(path: Path) -> Tokenizer:
         raise UserError(f"{path} is no tokenizer that can be read: {error}") from error
     config_path = path.with_name(CONFIG_FILE)
     config = _read_json(config_path) if config_path.exists() else {}
+    map_path = path.with_name(MAP_FILE)
+    stated = {**(_read_json(map_path) if map_path.exists() else {}), **config}
     named = {
         role: value if isinstance(value, str) else value["content"]
         for role in Vocabulary.TOKENS
-        if (value := config.get(f"{role}_token"))
+        if (value := stated.get(f"{role}_token"))
     }
     if not named:
         named = roles_by_name(backend.get_vocab(with_added_tokens=True))

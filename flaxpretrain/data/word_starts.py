@@ -43,7 +43,8 @@ def unspaced(character: str) -> bool:
     return point >= 0x0E00 and any(first <= point <= last for first, last in _UNSPACED_RANGES)
 
 
-def _kind(character: str) -> int:
+def character_kind(character: str) -> int:
+    """A number above 0 for letters, digits, others, and scripts that put no spaces."""
     if unspaced(character):
         return _UNSPACED
     category = unicodedata.category(character)
@@ -102,7 +103,7 @@ def word_rule(backend: library.Tokenizer, size: int, special_ids: Sequence[int])
         text = text_of(token)
         opens[i] = text.startswith(" ")
         if text := text.strip(" "):
-            first[i], last[i] = _kind(text[0]), _kind(text[-1])
+            first[i], last[i] = character_kind(text[0]), character_kind(text[-1])
             opens[i] |= first[i] == _UNSPACED
     opens[list(special_ids)] = True
     first[list(special_ids)] = last[list(special_ids)] = _NONE
@@ -125,7 +126,8 @@ def _text_of(content: Mapping[str, Any]) -> Callable[[str], str] | None:
             return text.replace("\ufffd", lead)
 
         return decoded
-    if content["model"]["type"] == "Unigram" or "Metaspace" in steps:
+    spaces = any("▁" in str(step.get("pattern")) for step in _steps(content["decoder"]))
+    if content["model"]["type"] == "Unigram" or "Metaspace" in steps or spaces:
         return lambda token: token.replace("▁", " ")
     return None
 
@@ -230,4 +232,13 @@ def segmenter(name: str) -> Segmenter:
     return Jieba()
 
 
-__all__ = ["SEGMENTERS", "Jieba", "Segmenter", "WordRule", "segmenter", "unspaced", "word_rule"]
+__all__ = [
+    "SEGMENTERS",
+    "Jieba",
+    "Segmenter",
+    "WordRule",
+    "character_kind",
+    "segmenter",
+    "unspaced",
+    "word_rule",
+]

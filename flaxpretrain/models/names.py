@@ -313,6 +313,22 @@ class _Reader:
                     break
 
 
+def vocabulary_tensors(tensors: Mapping[str, Any], entries: tuple[Entry, ...]) -> dict[str, bool]:
+    """The names in a checkpoint of tensors with a row for each token; true where they lie."""
+    rules: dict[str, Vocabulary] = {
+        entry.name: entry.transform
+        for entry in entries
+        if isinstance(entry, Rule) and isinstance(entry.transform, Vocabulary)
+    }
+    rules |= {
+        entry.name: rules[entry.source]
+        for entry in entries
+        if isinstance(entry, Tie) and entry.source in rules
+    }
+    names, _ = _modern(tensors, entries)
+    return {old: rules[new].lying for new, old in names.items() if new in rules}
+
+
 def to_params(
     tensors: Mapping[str, Any],
     entries: tuple[Entry, ...],

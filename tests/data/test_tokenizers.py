@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flaxpretrain.data import tokenizers
+from flaxpretrain.data.normalization import Normalization
 from flaxpretrain.data.tokenizer_training import train_bpe, train_unigram, train_wordpiece
 from flaxpretrain.errors import UserError
 
@@ -20,7 +21,7 @@ TEXTS = [
 ] * 5
 TRAINERS = {
     "wordpiece": lambda: train_wordpiece(TEXTS, 150),
-    "wordpiece cased": lambda: train_wordpiece(TEXTS, 150, lowercase=False),
+    "wordpiece cased": lambda: train_wordpiece(TEXTS, 150, normalization=Normalization()),
     "bpe": lambda: train_bpe(TEXTS, 350),
     "unigram": lambda: train_unigram(TEXTS, 120, sentinels=3),
 }

@@ -8,6 +8,7 @@ import tokenizers as library
 
 from flaxpretrain.data import tokenizers
 from flaxpretrain.data.building import BuildSettings, build
+from flaxpretrain.data.normalization import Normalization
 from flaxpretrain.data.sources import TextFiles
 from flaxpretrain.data.tokenizer_training import train_bpe, train_unigram, train_wordpiece
 from flaxpretrain.data.word_starts import Segmenter, segmenter, unspaced
@@ -25,7 +26,7 @@ def trained(train, **options):
 
 
 MAKE = {
-    "wordpiece": lambda: trained(train_wordpiece, lowercase=False),
+    "wordpiece": lambda: trained(train_wordpiece, normalization=Normalization()),
     "bpe": lambda: trained(train_bpe),
     "unigram": lambda: train_unigram(iter(TEXTS), 120),
 }

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from flaxpretrain.config import Checkpoints, Data, Mesh, Phase, Run
+from flaxpretrain.data.backends import roles_by_name, wordpiece_backend
+from flaxpretrain.data.normalization import Normalization
 from flaxpretrain.data.rows import Blocks
 from flaxpretrain.data.store_writer import write_dataset
-from flaxpretrain.data.tokenizers import Tokenizer, roles_by_name, wordpiece_backend
+from flaxpretrain.data.tokenizers import Tokenizer
 from flaxpretrain.training.evaluate import FixedNoise
 from tests import toys
 
@@ -21,7 +23,9 @@ WORDS = ("the", "a", ".", *WHO, *DOES, *WHAT)
 def tokenizer() -> Tokenizer:
     """A WordPiece over the words of the language."""
     vocabulary = {word: number for number, word in enumerate((*SPECIALS, *WORDS))}
-    return Tokenizer(wordpiece_backend(vocabulary, True, None), roles_by_name(vocabulary))
+    return Tokenizer(
+        wordpiece_backend(vocabulary, Normalization(lowercase=True)), roles_by_name(vocabulary)
+    )
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
