@@ -172,11 +172,14 @@ class EncoderModel(nnx.Module):
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         width, stddev = config.hidden_size, config.initializer_range
-        self.embeddings = Embeddings(config, width, rngs)
-        self.encoder = Encoder(config, rngs)
-        self.mlm_head = MaskedHead(config, rngs) if "mlm" in config.heads else None
+        narrow = config.table_width
+        self.embeddings = Embeddings(config, narrow, rngs)
+        self.encoder = config.trunk(rngs)
+        self.mlm_head = MaskedHead(config, rngs, narrow) if "mlm" in config.heads else None
         self.pooler = Dense(width, width, rngs, stddev=stddev) if "pooler" in config.heads else None
         self.nsp_head = Dense(width, 2, rngs, stddev=stddev) if "nsp" in config.heads else None
+        projects = config.projects
+        self.embeddings_project = Dense(narrow, width, rngs, stddev=stddev) if projects else None
 
     def embed(
         self,
@@ -186,8 +189,9 @@ class EncoderModel(nnx.Module):
         token_type_ids: Int[Array, "B L"] | None = None,
         keys: Key[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """Embedded tokens, with dropout where keys are given."""
-        return self.embeddings(input_ids, position_ids, token_type_ids, keys)
+        """Embedded tokens at the hidden width, with dropout where keys are given."""
+        embedded = self.embeddings(input_ids, position_ids, token_type_ids, keys)
+        return embedded if self.embeddings_project is None else self.embeddings_project(embedded)
 
     def encode(
         self,

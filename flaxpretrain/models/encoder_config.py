@@ -57,6 +57,8 @@ class EncoderConfig(ModelConfig):
     own_fields: ClassVar = ("heads", "vocab_multiple", "position_init")
     least_types: ClassVar[int] = 1
     """Fewest rows of the table of token types."""
+    projects: ClassVar[bool] = False
+    """Whether a dense layer leads from the embeddings to the layers."""
 
     def __post_init__(self):
         self._require_positive(
@@ -106,6 +108,11 @@ class EncoderConfig(ModelConfig):
     def max_length(self) -> int:
         """Longest piece, in tokens, that the position table has rows for."""
         return self.max_position_embeddings - self.position_offset
+
+    @property
+    def table_width(self) -> int:
+        """Columns of the tables of embeddings."""
+        return self.hidden_size
 
     @property
     def attention_dropout_rate(self) -> float:

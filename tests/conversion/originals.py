@@ -47,6 +47,8 @@ def original(class_name: str, seed: int = 0, extra: dict | None = None, **option
     if not class_name.startswith("DistilBert"):
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         sizes = dict(zip(names, sizes.values(), strict=True))
+    if class_name.startswith("Albert"):
+        sizes["embedding_size"] = 12
     kind = getattr(transformers, class_name).config_class
     config = kind(**{"vocab_size": 83, "max_position_embeddings": 34, **sizes, **options})
     model = getattr(transformers, class_name)(config, **(extra or {})).eval()

@@ -94,10 +94,10 @@ def test_all_odd_names_are_listed_in_one_error(copy):
     [
         (
             {"model_type": "xlnet"},
-            "is 'xlnet'; known: bart, bert, distilbert, electra, gpt2, roberta, t5",
+            "is 'xlnet'; known: albert, bart, bert, distilbert, electra, gpt2, roberta, t5",
         ),
-        ({"model_type": "../bert"}, "known: bart, bert"),
-        ({"model_type": None}, "known: bart, bert"),
+        ({"model_type": "../bert"}, "known: albert, bart, bert"),
+        ({"model_type": None}, "known: albert, bart, bert"),
         ({"architectures": ["BertForSequenceClassification"]}, "architectures names"),
         ({"is_decoder": True}, "is_decoder is True"),
         ({"vocab_size": 100}, r"word_embeddings.weight: shape \(83, 24\), expected \(100, 24\)"),

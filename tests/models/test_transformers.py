@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxpretrain.models.albert import AlbertConfig
 from flaxpretrain.models.bert import BertConfig
 from flaxpretrain.models.distilbert import DistilBertConfig
 from flaxpretrain.models.electra import ElectraConfig
@@ -31,6 +32,8 @@ DISTILBERT = dict(
     vocab_size=101, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_position_embeddings=19
 )
 
+PAIR_LOGITS = {"bert": "seq_relationship_logits", "albert": "sop_logits"}
+
 GRID = [
     (BertConfig, "BertForMaskedLM", {}),
     (BertConfig, "BertForMaskedLM", {"vocab_size": 128, "hidden_act": "gelu_new"}),
@@ -49,6 +52,12 @@ GRID = [
     (RobertaConfig, "RobertaForMaskedLM", {"tie_word_embeddings": False, "vocab_size": 127}),
     (RobertaConfig, "RobertaForMaskedLM", {"type_vocab_size": 3, "layer_norm_eps": 1e-6}),
     (RobertaConfig, "RobertaModel", {"hidden_act": "gelu_fast"}),
+    (AlbertConfig, "AlbertForMaskedLM", {"embedding_size": 11}),
+    (AlbertConfig, "AlbertForMaskedLM", {"embedding_size": 24, "tie_word_embeddings": False}),
+    (AlbertConfig, "AlbertForMaskedLM", {"num_hidden_groups": 2, "hidden_act": "relu"}),
+    (AlbertConfig, "AlbertForPreTraining", {"num_hidden_groups": 3, "vocab_size": 129}),
+    (AlbertConfig, "AlbertForPreTraining", {"num_hidden_layers": 5, "num_hidden_groups": 2}),
+    (AlbertConfig, "AlbertModel", {"embedding_size": 7, "layer_norm_eps": 1e-3}),
     (DistilBertConfig, "DistilBertForMaskedLM", {}),
     (DistilBertConfig, "DistilBertForMaskedLM", {"vocab_size": 128, "activation": "relu"}),
     (DistilBertConfig, "DistilBertForMaskedLM", {"sinusoidal_pos_embds": True, "n_heads": 24}),
@@ -161,7 +170,10 @@ def test_outputs_equal_those_of_transformers(config_class, name, options):
             pairs.append((ours["pooled"][:, 0], theirs["pooler_output"]))
     if "nsp" in config.heads:
         pairs.append(
-            (ours["nsp"], theirs["seq_relationship_logits" if "mlm" in config.heads else "logits"])
+            (
+                ours["nsp"],
+                theirs[PAIR_LOGITS[config.model_type] if "mlm" in config.heads else "logits"],
+            )
         )
     for mine, reference in pairs:
         assert np.abs(reference).max() > 0.05
@@ -179,7 +191,7 @@ def test_tensors_go_there_and_back_unchanged(config_class, name, options):
 
     tied = {n for note in notes for n in [note.removeprefix("dropped ").split(":")[0]]}
     assert set(back) == set(theirs) - (tied - set(back))
-    unused = {"cls.predictions.bias", "lm_head.bias"} & tied
+    unused = {"cls.predictions.bias", "lm_head.bias", "predictions.bias"} & tied
     for tensor_name in set(back) - unused:
         np.testing.assert_array_equal(back[tensor_name], theirs[tensor_name])
 
