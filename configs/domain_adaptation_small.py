@@ -25,7 +25,7 @@ POD = "v5e:1x1"
 
 
 def recipe() -> Run:
-    """BERT of 2 layers x 128, vocabulary 8,000, with dropout; 10 epochs of 32 rows of 64."""
+    """BERT of 2 layers x 128, vocabulary 4,096, with dropout; 10 epochs of 32 rows of 64."""
     return dataclasses.replace(
         with_distilbert(),
         model=dataclasses.replace(general().model, hidden_dropout_prob=0.1),
