@@ -335,7 +335,7 @@ def _train(
     run, pipeline = session.run, session.pipeline
     meter = _Meter(session)
     saver = _Saver(session, checkpoints, identity)
-    started = time.monotonic()
+    started, begun = time.monotonic(), session.step
     if session.step == 0:
         _evaluate(session, writers, due_evaluations(session))
     with Preemption() as preemption:
@@ -357,7 +357,10 @@ def _train(
     saver.save(force=True)
     checkpoints.wait()
     terminal.close()
-    session.say(f"trained to step {session.step} in {duration(time.monotonic() - started)}")
+    if session.step == begun:
+        session.say(f"all {begun} steps were trained before; evaluated again")
+    else:
+        session.say(f"trained to step {session.step} in {duration(time.monotonic() - started)}")
     for item in run.finish:
         item.run(session)
     return program.EXIT_OK
