@@ -2,7 +2,7 @@
 
     FLAXPRETRAIN_TEST_DATA=CORPORA python benchmarks/domain_adaptation.py
 
-Trains configs/general_30min.py on en_wikipedia_2018, then from its weights, for equally many
+Trains configs/general_small.py on en_wikipedia_2018, then from its weights, for equally many
 steps, configs/domain_adaptation_small.py on the reviews of sentence_polarity and, as a control, on
 Wikipedia again. All three are then evaluated on reviews held out, under the same masks; they fill
 the same masks; and a logistic probe tells good reviews from bad by their frozen hidden states. Half
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     prepare(work, corpora())
     wiki, reviews, general = work / "wiki", work / "reviews", work / "general"
     start = ("--init-from", general)
-    runs = {"general": trained("general_30min", wiki, general)}
+    runs = {"general": trained("general_small", wiki, general)}
     runs["adapted"] = trained("domain_adaptation_small", reviews, work / "adapted", *start)
     steps = ("--set", f"steps={runs['adapted']['steps']}")
     runs["control"] = trained("domain_adaptation_small", wiki, work / "control", *start, *steps)

@@ -1,9 +1,9 @@
-"""Domain adaptation on a laptop: the model of configs/general_30min.py on text of another kind.
+"""Domain adaptation on a laptop: the model of configs/general_small.py on text of another kind.
 
     python tools/build_pretraining_dataset.py --corpus-dir TEXT --format lines \
         --tokenizer TOKENIZER --validation-share 0.1 --output-dir DATA --max-seq-length 64
     python run_pretraining.py configs/domain_adaptation_small.py --data-dir DATA \
-        --init-from runs/general_30min
+        --init-from runs/general_small
 
 TOKENIZER is that of the general model. One word in five is masked, always by [MASK]; the figures
 are under the course's masks of 15 % of the tokens. docs/domain_adaptation.md tells what it gave.
@@ -12,7 +12,7 @@ are under the course's masks of 15 % of the tokens. docs/domain_adaptation.md te
 import dataclasses
 
 from domain_adaptation import recipe as with_distilbert
-from general_30min import recipe as general
+from general_small import recipe as general
 
 from flaxpretrain.config import Phase, Run
 from flaxpretrain.data.word_masking import WordBernoulliMasking
@@ -25,12 +25,12 @@ POD = "v5e:1x1"
 
 
 def recipe() -> Run:
-    """BERT of 2 layers x 128, vocabulary 4,096, with dropout; 10 epochs of 32 rows of 64."""
+    """BERT of 2 layers x 128, vocabulary 4,096, with dropout; 8 epochs of 32 rows of 64."""
     return dataclasses.replace(
         with_distilbert(),
         model=dataclasses.replace(general().model, hidden_dropout_prob=0.1),
         objective=MaskedLM(masking=WordBernoulliMasking(rate=0.2)),
-        optimizer=Muon(3e-3, adam_rate=0.3, weight_decay=0.1),
+        optimizer=Muon(6e-3, adam_rate=0.3, weight_decay=0.1),
         schedule=WarmupLinear(warmup_share=0.1),
-        phases=(Phase(epochs=10, length=64, batch_size=32),),
+        phases=(Phase(epochs=8, length=64, batch_size=32),),
     )

@@ -4,7 +4,8 @@ import numpy as np
 
 from flaxpretrain.data.rows import Blocks, Documents
 from flaxpretrain.data.segments import SegmentPlan, recorded_layout
-from flaxpretrain.data.store import Dataset
+from flaxpretrain.data.sentence_pairs import SentencePairs
+from flaxpretrain.data.store import Dataset, Split
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 
@@ -53,6 +54,12 @@ def specials_per_piece(vocabulary: Vocabulary) -> int:
     return 0 if vocabulary.eos is None else 1
 
 
+def _holds_pairs(split: Split, length: int, vocabulary: Vocabulary) -> bool:
+    """Whether there are sentences to pair, and tokens to frame the pairs."""
+    framed = vocabulary.cls is not None and vocabulary.sep is not None
+    return framed and length >= 5 and 1 < split.documents < split.sentences
+
+
 def padding(dataset: Dataset, length: int) -> list[str]:
     """A line for each way to make rows of this length: what part of the positions is padding.
 
@@ -66,10 +73,16 @@ def padding(dataset: Dataset, length: int) -> list[str]:
         )
     split = dataset.split("train")
     lines = []
-    for label, layout in (
+    layouts = [
         ("blocks (concatenated and cut)", Blocks()),
         ("documents packed, with segments", Documents()),
-    ):
+    ]
+    if _holds_pairs(split, length, dataset.vocabulary):
+        layouts += [
+            ("sentence pairs packed, a label each", SentencePairs()),
+            ("sentence pairs, one a row", SentencePairs(most=1)),
+        ]
+    for label, layout in layouts:
         plan = layout.plan(split, length, specials)
         lines.append(f"{label}: {plan.rows_per_epoch:,} rows, {plan.padding_share:.2%} padding")
     compatible = recorded_layout(dataset)

@@ -359,7 +359,9 @@ def test_the_summary_counts_tokens_and_padding(reference):
     train, validation = counts(reference)
     assert train.startswith("train: ") and f"{reference.split('train').tokens:,} tokens" in train
     assert validation.startswith("validation: ") and "0 lost" in validation
-    blocks, packed, alone = padding(reference, 16)
+    blocks, packed, pairs, apart, alone = padding(reference, 16)
+    assert "pairs packed" in pairs and "one a row" in apart
+    assert float(pairs.split()[-2][:-1]) <= float(apart.split()[-2][:-1])
     shares = [float(line.split(" ")[-2].rstrip("%")) for line in (blocks, packed, alone)]
     assert shares[0] <= shares[1] <= shares[2]
     with pytest.raises(UserError, match="--max-seq-length 2"):

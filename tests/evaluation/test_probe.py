@@ -53,10 +53,11 @@ def test_a_probe_tells_clouds_apart_that_it_has_not_seen():
 
 
 def test_the_strength_is_chosen_by_what_generalises():
+    """A hundred features, of which each tells a little: only a strong penalty finds the sum."""
     random = np.random.default_rng(0)
-    points, labels = random.normal(size=(80, 60)).astype(np.float32), np.arange(80) % 2
-    points[:, 0] += 0.8 * labels
-    assert choose_strength(points, labels) == max(STRENGTHS)
+    labels = np.arange(150) % 2
+    points = random.normal(size=(150, 100)) + 0.25 * (2 * labels - 1)[:, None]
+    assert choose_strength(points.astype(np.float32), labels) == max(STRENGTHS)
 
 
 def test_one_class_is_refused():
