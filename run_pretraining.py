@@ -1,7 +1,9 @@
 """Trains or resumes a run: `python run_pretraining.py configs/quickstart.py`."""
 
 from flaxpretrain import program
-from flaxpretrain.main import main
 
 if __name__ == "__main__":
+    program.use_huge_pages()
+    from flaxpretrain.main import main
+
     program.run(main)

@@ -74,6 +74,25 @@ def quiet_absent_tpu() -> None:
         os.environ.setdefault(name, value)
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TUNABLES = "GLIBC_TUNABLES"
+
+
+def use_huge_pages() -> None:
+    """Starts this program again with malloc asking for huge pages, where the kernel lets us.
+
+    The temporaries of a step are new memory each time. On two CPU cores a step of bert_small met
+    170,000 new pages of 4 KB, a tenth of its time; with pages of 2 MB, 900. glibc reads the request
+    (glibc.malloc.hugetlb, since 2.35) only at the start of a process. Call it before slow imports.
+    """
+    if not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text():
+        return
+    if TUNABLES in os.environ:  # ours from the first start, or the user's
+        return
+    os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and code 2."""
     avoid_known_faults()

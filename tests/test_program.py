@@ -1,5 +1,6 @@
 """How programs end: exit codes, and one line for a mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,32 @@ def test_debug_shows_the_traceback():
 def test_help_shows_defaults():
     assert "how many (default: 3)" in start("--help").stdout
     assert "None" not in start("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "found"),
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.check=0", "glibc.malloc.check=0"),
+        ("[always] madvise never", None, "None"),
+        (None, None, "None"),
+    ],
+)
+def test_malloc_asks_for_huge_pages_where_that_is_left_to_programs(tmp_path, kernel, given, found):
+    setting = tmp_path / "enabled"
+    if kernel is not None:
+        setting.write_text(kernel)
+    script = (
+        "import os, pathlib, sys; from flaxpretrain import program; "
+        f"program.HUGE_PAGES = pathlib.Path({str(setting)!r}); program.use_huge_pages(); "
+        "print(os.environ.get('GLIBC_TUNABLES'), *sys.argv[1:])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "kept", "a b"],
+        env=environment | ({"GLIBC_TUNABLES": given} if given else {}),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout == f"{found} kept a b\n"
