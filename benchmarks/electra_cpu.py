@@ -122,4 +122,5 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
+    program.use_huge_pages()
     program.run(main)

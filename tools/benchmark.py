@@ -168,4 +168,5 @@ def show(result: dict, found: list[throughput.Figures]) -> None:
 
 
 if __name__ == "__main__":
+    program.use_huge_pages()
     program.run(main)
