@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,10 @@ class Data:
     folder: str | None = None
     split: str = "train"
     duplication: int | None = None
+
+    def folder_in(self, workdir: Path) -> Path:
+        """Where the dataset of a run in this workdir lies."""
+        return workdir / "dataset" if self.folder is None else Path(self.folder).expanduser()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,9 +232,7 @@ class Run:
 
 def dataset_folder(run: Run, workdir: Path) -> Path:
     """The folder of a run's dataset; by default inside its workdir."""
-    if run.data.folder is None:
-        return workdir / "dataset"
-    return Path(run.data.folder).expanduser()
+    return run.data.folder_in(workdir)
 
 
 def load_recipe(path: str | Path) -> Run:
@@ -417,10 +420,15 @@ MAY_CHANGE = (
     "scan_layers",
     "device",
     "data.folder",
+    "data.limit",
+    "data.temperature",
 )
 """Fields that a resumed run may change: none of them changes what the model learns from."""
 
 _PHASE_MAY_CHANGE = (*_PHASE_LENGTHS, "microbatches")
+
+_PART_MAY_CHANGE = re.compile(r"data\.parts\.\d+\.(weight|scale|folder)")
+"""Of the parts of a mixture: the weights decide which rows come next, not what a row is."""
 
 
 def differences(old: Any, new: Any) -> list[str]:
@@ -429,6 +437,8 @@ def differences(old: Any, new: Any) -> list[str]:
     def allowed(path: str) -> bool:
         parts = path.split(".")
         if parts[0] == "phases" and parts[-1] in _PHASE_MAY_CHANGE:
+            return True
+        if _PART_MAY_CHANGE.fullmatch(path):
             return True
         return any(path == p or path.startswith(p + ".") for p in MAY_CHANGE)
 

@@ -22,7 +22,12 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble
 from flaxpretrain.training.checkpoints import Checkpoints
-from flaxpretrain.training.session import open_pipeline, open_run_dataset, resolve_phases
+from flaxpretrain.training.session import (
+    mixing_history,
+    open_pipeline,
+    open_run_dataset,
+    resolve_phases,
+)
 
 
 def parser() -> program.Parser:
@@ -52,7 +57,8 @@ def main(argv: list[str]) -> None:
         batch = replay(arguments.replay)
     else:
         dataset = open_run_dataset(run, arguments.workdir)
-        pipeline = open_pipeline(run, dataset, resolve_phases(run, dataset))
+        history = mixing_history(run, metadata, step)
+        pipeline = open_pipeline(run, dataset, resolve_phases(run, dataset), history)
         if not 1 <= arguments.batch_step <= pipeline.steps:
             raise UserError(
                 f"--batch-step {arguments.batch_step}: expected 1 to {pipeline.steps}, the steps "

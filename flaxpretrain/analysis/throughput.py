@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from flaxpretrain.config import Phase
-from flaxpretrain.data.pipeline import Pipeline
+from flaxpretrain.data.pipeline import Batches
 from flaxpretrain.data.store_writer import SplitWriter, id_type, write_metadata
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.hardware import peak_of
@@ -100,7 +100,7 @@ class Bench:
     """One phase of a run, compiled, with its state on the devices."""
 
     def __init__(
-        self, assembly: Assembly, phase: Phase, vocabulary: Vocabulary, pipeline: Pipeline
+        self, assembly: Assembly, phase: Phase, vocabulary: Vocabulary, pipeline: Batches
     ) -> None:
         """Compiles the step, which `compile_seconds` tells the time of; `pipeline` feeds it."""
         self._assembly, self._phase, self._pipeline = assembly, phase, pipeline
@@ -169,7 +169,7 @@ def measure(
     number: int,
     phase: Phase,
     vocabulary: Vocabulary,
-    pipeline: Pipeline,
+    pipeline: Batches,
     steps: int,
 ) -> Figures:
     """All figures of one phase, whose number in the recipe is `number`."""

@@ -18,6 +18,7 @@ from flaxpretrain.conversion.folders import (
     tokenizer_of,
 )
 from flaxpretrain.conversion.tensors import read_json
+from flaxpretrain.data.mixing import MixedData, mixed_metadata
 from flaxpretrain.data.store import METADATA_FILE, TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.names import to_state_dict
@@ -179,6 +180,12 @@ def dataset_facts(run: Run | None, workdir: Path) -> dict[str, Any]:
     """The content of dataset.json where the dataset is still at hand, else nothing."""
     if run is None:
         return {}
+    if isinstance(run.data, MixedData):
+        folders = zip(run.data.parts, run.data.folders(), strict=True)
+        paths = {part.name: folder / METADATA_FILE for part, folder in folders}
+        if not all(path.is_file() for path in paths.values()):
+            return {}
+        return mixed_metadata({name: read_json(path) for name, path in paths.items()})
     path = dataset_folder(run, workdir) / METADATA_FILE
     return read_json(path) if path.is_file() else {}
 

@@ -155,6 +155,11 @@ class PairPlan(RowPlan):
     histogram: Int[Numpy, " C"]
     first_of_size: Int[Numpy, " C"]
 
+    @property
+    def examples_per_epoch(self) -> int:
+        """Pairs."""
+        return len(self.pair_starts)
+
     def views(
         self, seed: int, epoch: Int[Numpy, " B"], index: Int[Numpy, " B"]
     ) -> tuple[Int[Numpy, "B G"], Int[Numpy, "B G"]]:

@@ -5,6 +5,7 @@ The global batch of step t is a pure function of (dataset, seeds, t), and the no
 number of hosts trains on the same batches.
 """
 
+import abc
 import bisect
 import dataclasses
 import hashlib
@@ -12,9 +13,9 @@ import os
 import queue
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,9 +66,22 @@ class Position(NamedTuple):
     cursor: int
 
 
-def resolve(
-    phases: tuple[Phase, ...], plan_of_length: Callable[[int], RowPlan]
-) -> tuple[Phase, ...]:
+@runtime_checkable
+class Epoch(Protocol):
+    """What phases counted in tokens or epochs ask of a plan."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch."""
+        ...
+
+    @property
+    def real_tokens_per_epoch(self) -> int:
+        """Their positions that are no padding."""
+        ...
+
+
+def resolve(phases: tuple[Phase, ...], plan_of_length: Callable[[int], Epoch]) -> tuple[Phase, ...]:
     """Phases counted in steps; tokens (real ones, specials included) and epochs are rounded up."""
     resolved = []
     for phase in phases:
@@ -85,7 +99,107 @@ def resolve(
     return tuple(resolved)
 
 
-class Pipeline:
+class RowStream:
+    """The rows of one split at some lengths, numbered over all epochs; each length has its plan."""
+
+    def __init__(
+        self,
+        split: Split,
+        layout: Layout,
+        framing_of: Callable[[int], Framing],
+        lengths: Iterable[int],
+        *,
+        order_seed: int,
+        noise_seed: int,
+        duplication: int | None = None,
+    ) -> None:
+        """Plans every length; `Pipeline` says what the arguments are.
+
+        Raises:
+            UserError: the split is empty, or a length is too small.
+        """
+        if duplication is not None and duplication < 1:
+            raise UserError(f"data.duplication must be positive or None; got {duplication}")
+        self.framings = {length: layout.framing(framing_of(length)) for length in lengths}
+        self.plans = {
+            length: layout.fill(split, framing.room()) for length, framing in self.framings.items()
+        }
+        self.order_seed, self.noise_seed = order_seed, noise_seed
+        self.duplication = duplication
+
+    def take(self, length: int, number: Int[Numpy, " B"], step: int) -> dict[str, np.ndarray]:
+        """The batch of the rows with these numbers, in which an epoch follows the one before."""
+        plan = self.plans[length]
+        epoch, row = np.divmod(number, plan.rows_per_epoch)
+        order = epoch_keys(self.order_seed, epoch, Stream.ORDER)
+        index = permute(row, plan.rows_per_epoch, order)
+        if self.duplication is not None:
+            epoch %= self.duplication
+        keys = row_keys(self.noise_seed, epoch, index)
+        views = plan.views(self.order_seed, epoch, index)
+        return _assemble(plan, self.framings[length], *views, keys, step)
+
+
+class Batches(abc.ABC):
+    """Training batches by the number of the step."""
+
+    def __init__(self, phases: tuple[Phase, ...]) -> None:
+        """`phases` are counted in steps."""
+        self.phases = phases
+        self._ends = np.cumsum([phase.steps or 0 for phase in phases]).tolist()
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return self._ends[-1]
+
+    def position(self, step: int) -> Position:
+        """The phase of a step and its cursor, in closed form.
+
+        Raises:
+            ValueError: no phase has this step.
+        """
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step} is outside the {self.steps} steps of all phases")
+        number = bisect.bisect_right(self._ends, step)
+        phase = self.phases[number]
+        cursor = sum(
+            (earlier.steps or 0) * earlier.batch_size
+            for earlier in self.phases[:number]
+            if earlier.length == phase.length
+        )
+        begun = step - (self._ends[number] - (phase.steps or 0))
+        return Position(number, phase, cursor + begun * phase.batch_size)
+
+    @abc.abstractmethod
+    def epoch(self, step: int) -> float:
+        """Epochs of the present length's rows that came before `step`."""
+
+    @abc.abstractmethod
+    def spec(self, step: int) -> dict[str, ArraySpec]:
+        """Shapes and dtypes of the global batch of a step."""
+
+    @abc.abstractmethod
+    def batch(self, step: int, rows: RowsOf | None = None) -> dict[str, np.ndarray]:
+        """The batch of a step, or the rows of it that `rows` (a `Share`, say) picks.
+
+        Raises:
+            ValueError: no phase has this step.
+            UserError: the batch size does not fit the number of hosts.
+        """
+
+    def iterate(
+        self, start: int, stop: int, rows: RowsOf | None = None, ahead: int = 2
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of steps `start` to `stop` - 1, made by a thread up to `ahead` in advance.
+
+        What goes wrong in the thread is raised here. The thread ends with the iterator: when it is
+        exhausted, closed, or forgotten.
+        """
+        return prefetch((self.batch(step, rows) for step in range(start, stop)), ahead)
+
+
+class Pipeline(Batches):
     """Training batches of one split by the number of the step.
 
     Each row length has its own plan and its own count of rows, which goes on when a later phase
@@ -118,41 +232,26 @@ class Pipeline:
         Raises:
             UserError: the split is empty, or a length is too small.
         """
-        if duplication is not None and duplication < 1:
-            raise UserError(f"data.duplication must be positive or None; got {duplication}")
-        lengths = sorted({phase.length for phase in phases})
-        self.framings = {length: layout.framing(framing_of(length)) for length in lengths}
-        self.plans = {
-            length: layout.fill(split, framing.room()) for length, framing in self.framings.items()
-        }
-        self.phases = resolve(phases, self.plans.__getitem__)
-        self.order_seed, self.noise_seed = order_seed, noise_seed
-        self.duplication = duplication
-        steps = [phase.steps or 0 for phase in self.phases]
-        self._ends = np.cumsum(steps).tolist()
+        self._stream = RowStream(
+            split,
+            layout,
+            framing_of,
+            sorted({phase.length for phase in phases}),
+            order_seed=order_seed,
+            noise_seed=noise_seed,
+            duplication=duplication,
+        )
+        super().__init__(resolve(phases, self.plans.__getitem__))
 
     @property
-    def steps(self) -> int:
-        """Steps of all phases."""
-        return self._ends[-1]
+    def plans(self) -> dict[int, RowPlan]:
+        """By length."""
+        return self._stream.plans
 
-    def position(self, step: int) -> Position:
-        """The phase of a step and its cursor, in closed form.
-
-        Raises:
-            ValueError: no phase has this step.
-        """
-        if not 0 <= step < self.steps:
-            raise ValueError(f"step {step} is outside the {self.steps} steps of all phases")
-        number = bisect.bisect_right(self._ends, step)
-        phase = self.phases[number]
-        cursor = sum(
-            (earlier.steps or 0) * earlier.batch_size
-            for earlier in self.phases[:number]
-            if earlier.length == phase.length
-        )
-        begun = step - (self._ends[number] - (phase.steps or 0))
-        return Position(number, phase, cursor + begun * phase.batch_size)
+    @property
+    def framings(self) -> dict[int, Framing]:
+        """By length."""
+        return self._stream.framings
 
     def epoch(self, step: int) -> float:
         """Epochs of the present length's rows that came before `step`."""
@@ -172,26 +271,8 @@ class Pipeline:
             UserError: the batch size does not fit the number of hosts.
         """
         _, phase, cursor = self.position(step)
-        plan = self.plans[phase.length]
         picked = range(phase.batch_size)[rows(phase.batch_size) if rows else slice(None)]
-        epoch, row = np.divmod(cursor + np.array(picked, np.int64), plan.rows_per_epoch)
-        order = epoch_keys(self.order_seed, epoch, Stream.ORDER)
-        index = permute(row, plan.rows_per_epoch, order)
-        if self.duplication is not None:
-            epoch %= self.duplication
-        keys = row_keys(self.noise_seed, epoch, index)
-        views = plan.views(self.order_seed, epoch, index)
-        return _assemble(plan, self.framings[phase.length], *views, keys, step)
-
-    def iterate(
-        self, start: int, stop: int, rows: RowsOf | None = None, ahead: int = 2
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of steps `start` to `stop` - 1, made by a thread up to `ahead` in advance.
-
-        What goes wrong in the thread is raised here. The thread ends with the iterator: when it is
-        exhausted, closed, or forgotten.
-        """
-        return prefetch((self.batch(step, rows) for step in range(start, stop)), ahead)
+        return self._stream.take(phase.length, cursor + np.array(picked, np.int64), step)
 
 
 def _assemble(

@@ -37,6 +37,11 @@ class RowPlan(abc.ABC):
     max_pieces: int
 
     @property
+    def examples_per_epoch(self) -> int:
+        """Pieces of text, or pairs: what a mixture counts of a dataset."""
+        return self.rows_per_epoch
+
+    @property
     def padding_share(self) -> float:
         """Which part of all positions is padding."""
         return 1 - self.real_tokens_per_epoch / (self.rows_per_epoch * self.length)
@@ -299,6 +304,11 @@ class DocumentPlan(RowPlan):
     """Number of pieces of each length."""
     first_of_length: Int[Numpy, " C"]
     """Where the pieces of each length begin in `piece_starts`."""
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Pieces of documents."""
+        return len(self.piece_starts)
 
     def views(
         self, seed: int, epoch: Int[Numpy, " B"], index: Int[Numpy, " B"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxpretrain.conversion.init_from import check_tokenizers
+from flaxpretrain.data.mixing import MixedData
 from flaxpretrain.data.pipeline import evaluation_batches
 from flaxpretrain.data.store import Dataset
 from flaxpretrain.errors import UserError
@@ -84,10 +85,15 @@ def settings_of(
     """
     run = subject.run
     own = next(
-        (e for e in run.evaluations if isinstance(e, FixedNoise) and e.split == split),
+        (
+            e
+            for e in run.evaluations
+            if isinstance(e, FixedNoise) and e.split in (split, split.rpartition("/")[2])
+        ),
         FixedNoise(batch_size=1),
     )
-    objective = own.objective or run.objective
+    part = run.data.part_of(split) if isinstance(run.data, MixedData) else None
+    objective = own.objective or (part and part.objective) or run.objective
     length = length or own.length or run.phases[-1].length
     longest = getattr(run.model, "max_length", None)
     if longest is not None and length > longest:
@@ -101,7 +107,7 @@ def settings_of(
         objective = dataclasses.replace(objective, **changed)
     return FixedMasks(
         objective=objective,
-        layout=run.data.layout,
+        layout=(part and part.layout) or run.data.layout,
         length=length,
         split=split,
         max_rows=max_rows or own.max_rows,

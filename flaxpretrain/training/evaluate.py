@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from flaxpretrain.data.mixing import held_out
 from flaxpretrain.data.pipeline import evaluation_batches
 from flaxpretrain.errors import UserError
 from flaxpretrain.objectives.objective import Objective, Sum
@@ -62,6 +63,9 @@ class FixedNoise:
     `every_steps` None means only after the last step; `max_rows` None means the whole split;
     `length` None means the rows of the last phase. `objective` evaluates under other noise than
     that of training (15 % masks for a model trained at 30 %, say).
+
+    Of a mixture, `split` "validation" stands for that of each part, with figures of its own
+    ("wiki/perplexity"), and "wiki/validation" for that of one.
     """
 
     batch_size: int
@@ -79,19 +83,28 @@ class FixedNoise:
         mesh = session.assembly.mesh
         groups = mesh.shape["data"] * mesh.shape["fsdp"]
         batch_size = -(-self.batch_size // groups) * groups
-        split = session.dataset.split(self.split)
-        batches = evaluation_batches(
-            split,
-            session.run.data.layout,
-            objective.framing(session.dataset.vocabulary, self.length or session.phases[-1].length),
-            batch_size,
-            self.seed,
-            limit_rows=self.max_rows,
-        )
+        dataset, length = session.dataset, self.length or session.phases[-1].length
         step = session.eval_step(self.objective)
-        sums = fixed_noise_pass(step, session.state.params, batches, batch_size, mesh)
-        figures = objective.summarize(sums)
-        return figures | objective.per_text(figures, split)
+        total: HostSums = {}
+        figures: dict[str, float] = {}
+        for held in held_out(session.run.data, dataset, self.split):
+            split = dataset.split(held.split)
+            framed = self.objective or held.objective or objective
+            batches = evaluation_batches(
+                split,
+                held.layout,
+                framed.framing(dataset.vocabulary, length),
+                batch_size,
+                self.seed,
+                limit_rows=self.max_rows,
+            )
+            sums = fixed_noise_pass(step, session.state.params, batches, batch_size, mesh)
+            own = objective.summarize(sums)
+            own |= objective.per_text(own, split)
+            figures |= {f"{held.label}/{n}" if held.label else n: v for n, v in own.items()}
+            total = add_on_host(total, sums)
+        # Of several splits also the figures of all of them together.
+        return objective.summarize(total) | figures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 import flaxpretrain
 from flaxpretrain import program
 from flaxpretrain.config import Phase, Run, differences, render
-from flaxpretrain.data.pipeline import Pipeline
+from flaxpretrain.data.pipeline import Batches
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of
 from flaxpretrain.training import sharding
@@ -102,6 +102,7 @@ def train(
         session = Session(
             run, workdir, dataset, phases, assembly, state, step, terminal.say, command=command
         )
+        session.mix(checkpoints.metadata() if checkpoints.latest() is not None else {})
         if first_process:
             write_json(workdir / CONFIG, render(run))
             write_json(workdir / "run.json", facts(run, dataset, mesh) | {"command": command})
@@ -368,7 +369,7 @@ def _train(
 
 def _run_phase(
     session: Session,
-    pipeline: Pipeline,
+    pipeline: Batches,
     phase: Phase,
     borders: tuple[int, int],
     meter: _Meter,
@@ -443,7 +444,7 @@ def _log(
     if step % session.run.logging.every_steps == 0 or step == session.total_steps:
         rates = meter.rates()
         for writer in writers:
-            writer.write(step, figures | rates)
+            writer.write(step, figures | rates | session.epochs(step))
     else:
         for writer in writers:
             if isinstance(writer, Terminal):
@@ -490,6 +491,7 @@ class _Saver:
             "tokenizer": session.dataset.fingerprint,
             "code_version": flaxpretrain.__version__,
             "figures": session.figures,
+            "mixing": session.history,
         }
         self._checkpoints.save(
             session.step, session.state, metadata, metrics=session.figures, force=force

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 
 import flaxpretrain
 from flaxpretrain.config import Data, Phase, Run, dataset_folder, render
-from flaxpretrain.data.pipeline import Pipeline, resolve
+from flaxpretrain.data.mixed_pipeline import MixedPipeline, MixedPlan, mixed_plan
+from flaxpretrain.data.mixing import MixedData, MixedDataset, Mixing, Stretch, open_mixed, prolonged
+from flaxpretrain.data.pipeline import Batches, Pipeline, resolve
 from flaxpretrain.data.rows import RowPlan
 from flaxpretrain.data.store import TOKENIZER_FOLDER, Dataset, open_dataset
 from flaxpretrain.errors import UserError
@@ -45,7 +47,10 @@ class Session:
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     """The newest evaluation figures, such as `validation/masked_lm`."""
     command: str = ""
+    history: tuple[Stretch, ...] = ()
+    """Of a mixture: how its steps were mixed so far."""
     _eval_steps: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _repeated: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def total_steps(self) -> int:
@@ -53,9 +58,27 @@ class Session:
         return total_steps(self.phases)
 
     @functools.cached_property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> Batches:
         """The training batches."""
-        return open_pipeline(self.run, self.dataset, self.phases)
+        return open_pipeline(self.run, self.dataset, self.phases, self.history)
+
+    def mix(self, metadata: Mapping[str, Any]) -> None:
+        """Goes on with a mixture where a checkpoint left it, and says what it comes to."""
+        self.history = mixing_history(self.run, metadata, self.step)
+        if isinstance(self.pipeline, MixedPipeline) and self.step < self.total_steps:
+            for line in self.pipeline.notes(self.step):
+                self.say(line)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the parts of a mixture were seen before `step`; says when one is repeated."""
+        if not isinstance(self.pipeline, MixedPipeline):
+            return {}
+        seen = self.pipeline.epochs(step)
+        for name, epochs in seen.items():
+            if epochs > 1 and name not in self._repeated:
+                self._repeated.add(name)
+                self.say(f"step {step}: all rows of {name} have been seen, its text is repeated")
+        return {f"epochs/{name}": epochs for name, epochs in seen.items()}
 
     def eval_step(self, objective: Any = None) -> Callable[[Any, Any], Any]:
         """The jitted evaluation step, compiled once an objective."""
@@ -87,7 +110,10 @@ def open_run_dataset(run: Run, workdir: Path) -> Dataset:
     Raises:
         UserError: it is missing or damaged, or its tokenizer does not fit the model.
     """
-    dataset = open_dataset(dataset_folder(run, workdir))
+    if isinstance(run.data, MixedData):
+        dataset = open_mixed(run.data)
+    else:
+        dataset = open_dataset(dataset_folder(run, workdir))
     size, here = run.model.vocab_size, dataset.vocabulary.size
     takes = getattr(run.model, "takes_vocabulary", size.__eq__)
     if not takes(here):
@@ -151,8 +177,16 @@ def dataset_identity(dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def row_plan(run: Run, dataset: Dataset, data: Data, length: int) -> RowPlan:
-    """The rows that a split gives at a length."""
+def row_plan(run: Run, dataset: Dataset, data: Data, length: int) -> RowPlan | MixedPlan:
+    """The rows that a split, or the parts of a mixture, give at a length."""
+    if isinstance(data, MixedData):
+        plans = []
+        for part in data.parts:
+            layout = part.layout or data.layout
+            objective = part.objective or run.objective
+            framing = layout.framing(objective.framing(dataset.vocabulary, length))
+            plans.append(layout.fill(dataset.split(f"{part.name}/{part.split}"), framing.room()))
+        return mixed_plan(data.mixing(), plans)
     framing = data.layout.framing(run.objective.framing(dataset.vocabulary, length))
     return data.layout.fill(dataset.split(data.split), framing.room())
 
@@ -162,8 +196,21 @@ def resolve_phases(run: Run, dataset: Dataset) -> tuple[Phase, ...]:
     return resolve(run.phases, lambda length: row_plan(run, dataset, run.data, length))
 
 
-def open_pipeline(run: Run, dataset: Dataset, phases: tuple[Phase, ...]) -> Pipeline:
-    """The training batches of a run."""
+def open_pipeline(
+    run: Run, dataset: Dataset, phases: tuple[Phase, ...], history: tuple[Stretch, ...] = ()
+) -> Batches:
+    """The training batches of a run; `history` says how the steps of a mixture were mixed."""
+    if isinstance(run.data, MixedData) and isinstance(dataset, MixedDataset):
+        objectives = {part.name: part.objective or run.objective for part in run.data.parts}
+        return MixedPipeline(
+            {part.name: dataset.split(f"{part.name}/{part.split}") for part in run.data.parts},
+            run.data,
+            lambda name, length: objectives[name].framing(dataset.vocabulary, length),
+            phases,
+            order_seed=run.seeds.order,
+            noise_seed=run.seeds.noise,
+            history=history,
+        )
     return Pipeline(
         dataset.split(run.data.split),
         run.data.layout,
@@ -173,6 +220,14 @@ def open_pipeline(run: Run, dataset: Dataset, phases: tuple[Phase, ...]) -> Pipe
         noise_seed=run.seeds.noise,
         duplication=run.data.duplication,
     )
+
+
+def mixing_history(run: Run, metadata: Mapping[str, Any], step: int) -> tuple[Stretch, ...]:
+    """How the steps of a mixture are mixed, by what a checkpoint at `step` says of those before."""
+    if not isinstance(run.data, MixedData):
+        return ()
+    past = [(first, Mixing.parse(mixing)) for first, mixing in metadata.get("mixing", ())]
+    return prolonged(past, run.data.mixing(), step)
 
 
 _PACKAGES = (
