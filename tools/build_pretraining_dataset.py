@@ -104,8 +104,8 @@ def parser() -> program.Parser:
 
 
 PATH_HELP = (
-    "a file, or a folder read in the order of its paths: text, .jsonl, .tsv, .parquet; .gz, .xz, "
-    ".zst too; may be repeated"
+    "a file, or a folder read in the order of its paths: text, .jsonl, .csv, .tsv, .parquet; .gz, "
+    ".xz, .zst too; may be repeated"
 )
 SOURCE_HELP = (
     "hf:NAME[:CONFIG[:SPLIT]] of Hugging Face (a local folder too), tfds:NAME[:SPLIT] of "

@@ -90,7 +90,7 @@ def _files(
             there = sorted({said[path] or "train" for path in records})
             raise UserError(
                 f"hf:{folder}: no file of split {wanted!r}; there are files of "
-                f"{', '.join(there) or 'no split'} (.jsonl, .tsv, .parquet)"
+                f"{', '.join(there) or 'no split'} (.jsonl, .csv, .tsv, .parquet)"
             )
         paths += of_split
     return dataclasses.replace(every, paths=tuple(paths))

@@ -1,5 +1,6 @@
-"""Files of records, a text each: JSON lines, tables with tabs, Parquet."""
+"""Files of records, a text each: JSON lines, tables with tabs or commas, Parquet."""
 
+import csv
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -144,27 +145,61 @@ def json_documents(
 def table_documents(
     path: Path, columns: Columns, errors: str, losses: Losses, progress: Progress | None
 ) -> Iterator[Document]:
-    """The documents of a table: columns between tabs, their names on the first line."""
+    """The documents of a table, tabs or commas between its columns, their names on the first line.
+
+    With commas, a cell in quotes may hold commas and line ends.
+    """
     names: list[str] | None = None
+    comma = ".csv" in path.suffixes
+    for number, cells in (_comma_rows if comma else _tab_rows)(path, errors, losses, progress):
+        where = f"{path}, line {number}"
+        if names is None:
+            names = cells
+            columns.require(names, f"{path}, whose first line names its columns,")
+        elif len(cells) != len(names):
+            losses.broken(f"{where}: {len(cells)} columns, where the first line names {len(names)}")
+        else:
+            yield from columns.documents(
+                dict(zip(names, cells, strict=True)), where, errors, losses
+            )
+
+
+def _tab_rows(
+    path: Path, errors: str, losses: Losses, progress: Progress | None
+) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that is not blank, and its number."""
     for first, texts in read_lines(path, errors, losses, progress):
         for number, text in enumerate(texts, first):
-            if text is None:
-                continue
-            cells = text.split("\t")
-            if names is None:
-                names = cells
-                columns.require(names, f"{path}, whose first line names its columns,")
-                continue
-            if blank(text):
-                continue
-            if len(cells) != len(names):
-                losses.broken(
-                    f"{path}, line {number}: {len(cells)} columns, where the first line names "
-                    f"{len(names)}"
-                )
-                continue
-            record = dict(zip(names, cells, strict=True))
-            yield from columns.documents(record, f"{path}, line {number}", errors, losses)
+            if text is not None and not blank(text):
+                yield number, text.split("\t")
+
+
+def _comma_rows(
+    path: Path, errors: str, losses: Losses, progress: Progress | None
+) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each record, and the number of its last line."""
+    number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for first, texts in read_lines(path, errors, losses, progress):
+            for place, text in enumerate(texts, first):
+                number = place
+                if text is not None:
+                    yield text + "\n"
+
+    csv.field_size_limit(document.LONGEST_LINE)
+    reader = csv.reader(lines(), strict=True)
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            losses.broken(f"{path}, line {number}: no CSV ({error})")
+            continue
+        if cells is None:
+            return
+        if cells:
+            yield number, cells
 
 
 def parquet_documents(
@@ -237,6 +272,7 @@ READERS: dict[str, Callable[..., Iterator[Document]]] = {
     ".ndjson": json_documents,
     ".json": json_documents,
     ".tsv": table_documents,
+    ".csv": table_documents,
     ".parquet": parquet_documents,
 }
 """What reads files of records, by their suffix."""

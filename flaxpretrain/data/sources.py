@@ -55,7 +55,7 @@ class Source(abc.ABC):
 class TextFiles(Source):
     """Files, read one after the other.
 
-    Those ending in .jsonl, .ndjson, .json, .tsv and .parquet hold records, a document each, of
+    Those ending in .jsonl, .ndjson, .json, .csv, .tsv and .parquet hold records, a document each, of
     which `columns` says what is read. All others hold text, of which `format` says what a document
     is: "sentences": lines up to a blank line or the file's end; "lines": each line; "files": each
     file, blank lines ignored. All but Parquet may be compressed: .gz, .xz, .zst.
@@ -90,7 +90,7 @@ class TextFiles(Source):
             if self.columns.target is not None:
                 raise UserError(
                     f"{path} holds plain text, where --target-column asks for pairs: give them as "
-                    ".jsonl, .tsv or .parquet"
+                    ".jsonl, .csv, .tsv or .parquet"
                 )
             lines = (texts for _, texts in read_lines(path, self.errors, losses, progress))
             if self.format == "lines":

@@ -173,12 +173,25 @@ def test_only_the_first_broken_things_are_told_one_by_one(tmp_path):
 def test_pairs_come_from_two_columns_with_a_prefix(tmp_path):
     (tmp_path / "a.tsv").write_text("question\tlabel\twho\nWhat is it?\tnews\tme\nAnd\tit\tme\n")
     (tmp_path / "b.jsonl").write_text('{"question": "Two\\nlines ", "label": "other"}\n')
+    (tmp_path / "c.csv").write_text('who,question,label\nme,"A, b?",it\n')
     source = text_files(tmp_path, columns=Columns("question", "label", "topic: "))
     assert read(source) == [
         ("topic: What is it?", "news"),
         ("topic: And", "it"),
         ("topic: Two lines", "other"),
+        ("topic: A, b?", "it"),
     ]
+
+
+def test_cells_in_quotes_may_hold_commas_and_line_ends(tmp_path):
+    (tmp_path / "a.csv").write_text('text,id\r\n"One, two.\r\nThree.",1\r\n\r\nFour.,2\r\n')
+    assert read(text_files(tmp_path)) == [("One, two.", "Three."), ("Four.",)]
+    (tmp_path / "a.csv").write_text('text,id\nOne.,1\n"x" y,2\nTwo.,2\n"never closed,3\nlost\n')
+    with pytest.raises(UserError, match="a.csv, line 3: no CSV"):
+        read(text_files(tmp_path))
+    losses, told = skipping()
+    assert read(text_files(tmp_path), losses) == [("One.",), ("Two.",)]
+    assert losses.counts() == {"broken": 2} and "a.csv, line 6: no CSV" in told[1]
 
 
 PAIRS = {
