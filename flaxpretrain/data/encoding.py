@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -205,7 +206,17 @@ def chunks(
 def encode_chunks(
     encoder: Encoder, chunks: Iterator[Chunk], num_processes: int
 ) -> Iterator[EncodedChunk]:
-    """Encodes chunks in `num_processes` processes (1: in this one) and gives them in order.
+    """Encodes chunks in `num_processes` processes (1: in this one) and gives them in order."""
+    return in_order(encoder.encode, chunks, num_processes)
+
+
+Result = TypeVar("Result")
+
+
+def in_order(
+    work: Callable[[Chunk], Result], chunks: Iterator[Chunk], num_processes: int
+) -> Iterator[Result]:
+    """Works on chunks in `num_processes` processes (1: in this one) and gives results in order.
 
     Only some chunks a process are held at a time, however large the corpus is.
 
@@ -213,11 +224,11 @@ def encode_chunks(
       UserError: a process was killed.
     """
     if num_processes == 1:
-        yield from map(encoder.encode, chunks)
+        yield from map(work, chunks)
         return
     # Not fork: threads of jax, of the tokenizers or of a notebook would be copied locked.
     pool = concurrent.futures.ProcessPoolExecutor(
-        num_processes, multiprocessing.get_context("spawn"), _start_worker, (encoder,)
+        num_processes, multiprocessing.get_context("spawn"), _start_worker, (work,)
     )
     try:
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -229,19 +240,19 @@ def encode_chunks(
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "an encoding process was killed, perhaps for want of memory: run the command again, "
+            "a process was killed, perhaps for want of memory: run the command again, "
             "it goes on where it stopped; give a smaller --num-processes if it happens again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_worker: Encoder | None = None
+_worker: Callable[[Chunk], Any] | None = None
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(work: Callable[[Chunk], Any]) -> None:
     global _worker
-    _worker = encoder
+    _worker = work
     # One thread each: the processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Control-C is the parent's affair, which then ends the pool.
@@ -257,7 +268,7 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _work(chunk: Chunk) -> EncodedChunk:
+def _work(chunk: Chunk) -> Any:
     if _worker is None:
-        raise RuntimeError("this process was not started as an encoding worker")
-    return _worker.encode(chunk)
+        raise RuntimeError("this process was not started as a worker")
+    return _worker(chunk)

@@ -24,7 +24,7 @@ SEGMENTERS = ("jieba",)
 _NONE, _LETTER, _DIGIT, _OTHER, _UNSPACED = range(5)
 
 # Han, kana, bopomofo, Thai, Lao, Burmese, Khmer: ranges of code points written without spaces.
-_UNSPACED_RANGES = (
+UNSPACED_RANGES = (
     (0x0E00, 0x0EFF),
     (0x1000, 0x109F),
     (0x1780, 0x17FF),
@@ -40,7 +40,7 @@ _UNSPACED_RANGES = (
 def unspaced(character: str) -> bool:
     """Whether a character belongs to a script that puts no spaces between words."""
     point = ord(character)
-    return point >= 0x0E00 and any(first <= point <= last for first, last in _UNSPACED_RANGES)
+    return point >= 0x0E00 and any(first <= point <= last for first, last in UNSPACED_RANGES)
 
 
 def character_kind(character: str) -> int:
