@@ -197,7 +197,7 @@ class Generator:
     def _framed(self, prompts: Sequence[Ids], length: int) -> Prompts:
         if not self.has_encoder:
             return Prompts(*_rows(prompts, length, self.rules.pad, left=True))
-        start = jnp.full((len(prompts), 1), self.rules.start, jnp.int32)
+        start = jnp.full((len(prompts), 1), self.rules.start or 0, jnp.int32)
         source = _rows(prompts, length, self.rules.pad)
         return Prompts(start, jnp.ones_like(start), *source)
 

@@ -6,7 +6,7 @@ mean.
 
 import abc
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ class Beam:
 
     size: int = 4
     length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         """Raises UserError on a size or a way to stop that cannot be."""
