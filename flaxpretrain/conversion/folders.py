@@ -18,6 +18,7 @@ from flaxpretrain.models.functional import model_of
 from flaxpretrain.models.names import flatten, to_params
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from flaxpretrain.conversion.folders import CONFIG_FILE, TOKENIZER_FILES
+from flaxpretrain.conversion.folders import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES
 from flaxpretrain.conversion.tensors import INDEX_SUFFIX, PICKLED, SAFETENSORS
 from flaxpretrain.errors import UserError
 
@@ -41,7 +41,7 @@ def download(source: str) -> Path:
         UserError: no such model, no access, no network.
     """
     name, _, revision = source.partition("@")
-    small = [CONFIG_FILE, *TOKENIZER_FILES]
+    small = [CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES]
     safe = [SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, "model-*.safetensors"]
     pickled = [PICKLED, PICKLED + INDEX_SUFFIX, "pytorch_model-*.bin"]
     with _one_line(f"there is no folder {source}; downloading {source}"):

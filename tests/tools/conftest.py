@@ -7,6 +7,8 @@ import pytest
 
 from tests.evaluation.conftest import data as data
 from tests.evaluation.conftest import workdir as workdir
+from tests.evaluation.workdirs import decoder as decoder
+from tests.evaluation.workdirs import encoder_decoder as encoder_decoder
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 
