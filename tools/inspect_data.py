@@ -18,9 +18,10 @@ from flaxpretrain import program
 from flaxpretrain.analysis.inspection import LEGEND, coloured_row, inspect, picture, report
 from flaxpretrain.config import dataset_folder, load
 from flaxpretrain.data import tokenizers
+from flaxpretrain.data.mixing import MixedData, open_mixed
 from flaxpretrain.data.store import open_dataset
 from flaxpretrain.errors import UserError
-from flaxpretrain.training.session import open_pipeline
+from flaxpretrain.training.session import open_pipeline, row_plan
 
 
 def parser() -> program.Parser:
@@ -50,7 +51,14 @@ def main(argv: list[str]) -> None:
     if not 0 <= arguments.phase < len(run.phases):
         raise UserError(f"--phase {arguments.phase}: the recipe has {len(run.phases)} phases")
     folder = arguments.data_dir or dataset_folder(run, arguments.workdir or Path("runs") / run.name)
-    dataset = open_dataset(folder)
+    if isinstance(run.data, MixedData):
+        given = arguments.data_dir and str(arguments.data_dir)
+        run = dataclasses.replace(
+            run, data=dataclasses.replace(run.data, folder=given or run.data.folder)
+        )
+        dataset = open_mixed(run.data)
+    else:
+        dataset = open_dataset(folder)
     data = dataclasses.replace(run.data, split=arguments.split or run.data.split)
     phase = dataclasses.replace(
         run.phases[arguments.phase],
@@ -69,7 +77,7 @@ def main(argv: list[str]) -> None:
     found = inspect((pipeline.batch(step) for step in range(arguments.batches)), words)
     for line in report(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    plan = pipeline.plans[phase.length]
+    plan = row_plan(run, dataset, run.data, phase.length)
     print(
         f"an epoch of split {data.split}: {plan.rows_per_epoch:,} rows, "
         f"{plan.padding_share:.2%} padding"

@@ -106,7 +106,8 @@ class PrepareDataset:
         # Read before it is measured: reading says in one line which file is at fault.
         documents = sum(1 for _ in self.source.documents())
         size = self.source.size()
-        tell(f"read {self.source.name}: {documents:,} documents, {size / 1e6:.2f} MB")
+        known = "" if size is None else f", {size / 1e6:.2f} MB"
+        tell(f"read {self.source.name}: {documents:,} documents{known}")
         tokenizer = self.tokenizer.make(self.source)
         tell(f"{self.tokenizer.action}: {tokenizer.vocabulary.size:,} tokens")
         settings = BuildSettings(validation_share=self.validation_share, seed=self.seed)
