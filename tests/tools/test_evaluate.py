@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,33 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert "evaluate.py: error:" in done.stderr
+
+
+def test_a_decoder_has_perplexity_and_bits_per_byte(evaluate, decoder, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    facts = json.loads((folder / "dataset.json").read_text())
+    facts["splits"]["validation"]["bytes"] = 1000
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    figures = json.loads(evaluate(decoder, "--data-dir", folder, "--json"))["figures"]
+    assert figures["perplexity"] == pytest.approx(np.exp(figures["causal_lm"]))
+    assert 0 < figures["bits_per_byte"] < 8 and 0 < figures["causal_lm_accuracy"] < 1
+    assert "bits_per_byte" in evaluate(decoder, "--data-dir", folder)
+
+
+def test_an_encoder_decoder_has_the_loss_and_accuracy_of_its_own_noise(evaluate, encoder_decoder):
+    figures = json.loads(evaluate(encoder_decoder, "--json"))["figures"]
+    last = read_metrics(encoder_decoder / "metrics.jsonl")[-1]
+    assert figures["loss"] == pytest.approx(last["validation/denoising"], rel=EVALUATION_ANYWHERE)
+    assert 0 <= figures["denoising_accuracy"] <= 1
+
+
+def test_pairs_are_answered(evaluate, decoder, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"source": "the cat", "target": t} for t in ("sees milk .", "milk milk")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--exact-match", path, "--max-new-tokens", 3, "--show", 1]
+    found = json.loads(evaluate(decoder, *flags, "--json"))
+    assert found["pairs"] == 2 and len(found["answers"]) == 1
+    assert 0 <= found["generated_exact_match"] <= 0.5
+    assert found["teacher_forced"].keys() == {"loss", "perplexity", "accuracy", "exact_match"}
+    assert "exact_match" in evaluate(decoder, *flags)
