@@ -39,4 +39,4 @@ GRADIENTS_FLOAT32 = 5e-6
 """Largest absolute difference of gradients up to about 1 from PyTorch's, float32 on the CPU."""
 
 REMEMBERED_FLOAT32 = 1e-5
-"""Hidden states near 1 of tokens decoded one by one against those of the row at once, in float32."""
+"""Hidden states near 1 of tokens decoded one by one against the row at once, in float32."""

@@ -12,7 +12,7 @@ import html
 import re
 import unicodedata
 from collections import Counter
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from flaxpretrain.errors import UserError
 
@@ -84,7 +84,7 @@ class NormalizeUnicode(SentenceStep):
     """One spelling for what looks the same: a Unicode normal form, NFC or NFKC."""
 
     name: ClassVar[str] = "unicode"
-    form: str = "NFC"
+    form: Literal["NFC", "NFKC"] = "NFC"
 
     def __post_init__(self) -> None:
         if self.form not in ("NFC", "NFKC"):

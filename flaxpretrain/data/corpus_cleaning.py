@@ -351,7 +351,7 @@ class _Run:
         text = "".join(self.held).encode()
         path = self.folder / TEXT_FOLDER / f"{name}.txt"
         _write(path, text)
-        prints = {
+        prints: dict[str, Any] = {
             field.name: np.concatenate([getattr(part, field.name) for part in self.held_prints])
             for field in dataclasses.fields(Prints)
         }

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from rensa import RMinHash
+from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
 from flaxpretrain.data.randomness import fold
 from flaxpretrain.data.shingles import shingles

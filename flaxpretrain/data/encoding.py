@@ -186,8 +186,7 @@ def chunks(
             first, read = first + len(held), 0
             return made
 
-        whole = limit is None or number >= len(sources) - unlimited
-        left = None if whole else limit - first
+        left = limit - first if limit is not None and number < len(sources) - unlimited else None
         held: list[tuple[str, ...]] = []
         size = 0
         documents: Iterable[Document] = source.documents(

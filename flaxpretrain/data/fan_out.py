@@ -57,8 +57,10 @@ def run(
     if count < 1:
         raise UserError(f"--parts is 1 or more; got {count}")
     try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+            PipelineOptions,
+        )
     except ImportError:
         raise UserError("this takes a package: pip install 'flaxpretrain[beam]'") from None
     try:

@@ -240,9 +240,10 @@ class TensorFlowDataset(Source):
                     f"{where} is not prepared: run tfds.builder({self.dataset!r}, file_format="
                     "'array_record').download_and_prepare() where TensorFlow Datasets is at home"
                 )
-            features = builder.info.features
+            features: Any = builder.info.features
             self.columns.require(list(features) if hasattr(features, "keys") else [], where)
-            return [builder.as_data_source(split=split) for split in self.split.split("+")]
+            read: Any = builder.as_data_source
+            return [read(split=split) for split in self.split.split("+")]
 
     @property
     def _range(self) -> range:

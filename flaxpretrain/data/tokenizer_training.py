@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -278,10 +278,10 @@ def train_sentencepiece(
     return TrainedPieces(tokenizer, written.getvalue() if native else None)
 
 
-def _piece_ids(special_tokens: Sequence[str]) -> dict[str, object]:
+def _piece_ids(special_tokens: Sequence[str]) -> dict[str, Any]:
     """SentencePiece's settings that give the special tokens the ids 0, 1, ... in their order."""
     roles = roles_by_name({token: number for number, token in enumerate(special_tokens)})
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     taken = set()
     for role in ("unk", "bos", "eos", "pad"):
         token = roles.get(role)
