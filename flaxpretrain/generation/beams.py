@@ -44,6 +44,25 @@ def _taken(array: Array, index: Int[Array, "B N"]) -> Array:
     return array[jnp.arange(len(index))[:, None], index]
 
 
+def _beginning(memory: Memory, shape: tuple[int, int, int], pad: int) -> _State:
+    """The state before the first token, for [B, N, T] beginnings."""
+    blank, batch, size = jnp.full(shape, pad, jnp.int32), *shape[:2]
+    first = jnp.arange(size)[None] == jnp.zeros((batch, 1), jnp.int32)
+    return _State(
+        step=jnp.zeros((), jnp.int32),
+        running=blank,
+        # All beginnings are the same at first: only one of them counts.
+        running_scores=jnp.where(first, 0.0, _OUT),
+        texts=blank,
+        lengths=jnp.zeros((batch, size), jnp.int32),
+        scores=jnp.full((batch, size), _OUT),
+        is_text=jnp.zeros((batch, size), bool),
+        hopeful=jnp.ones((batch, 1), bool),
+        exhausted=jnp.zeros((), bool),
+        memory=memory,
+    )
+
+
 def beam_search(
     network: Network, prompts: Prompts, *, strategy: Beam, rules: Rules, max_new_tokens: int
 ) -> Found:
@@ -121,21 +140,7 @@ def beam_search(
 
     logits, memory = network.start(prompts, longest - 1)
     each = jnp.repeat(jnp.arange(batch), size)
-    blank = jnp.full((batch, size, longest), rules.pad, jnp.int32)
-    first = jnp.arange(size)[None] == jnp.zeros((batch, 1), jnp.int32)
-    state = _State(
-        step=jnp.zeros((), jnp.int32),
-        running=blank,
-        # All beginnings are the same at first: only one of them counts.
-        running_scores=jnp.where(first, 0.0, _OUT),
-        texts=blank,
-        lengths=jnp.zeros((batch, size), jnp.int32),
-        scores=jnp.full((batch, size), _OUT),
-        is_text=jnp.zeros((batch, size), bool),
-        hopeful=jnp.ones((batch, 1), bool),
-        exhausted=jnp.zeros((), bool),
-        memory=memory.picked(each),
-    )
+    state = _beginning(memory.picked(each), (batch, size, longest), rules.pad)
     state = jax.lax.while_loop(goes_on, advance, judge(state, logits[each]))
     return Found(
         state.texts.reshape(batch * size, longest),
