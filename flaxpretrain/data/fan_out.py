@@ -71,7 +71,7 @@ def run(
             built = parts | "build" >> beam.Map(build_part, count, list(command))
             built = built | "all" >> beam.combiners.ToList()
             done = built | "merge" >> beam.Map(merge_parts, str(output), count, overwrite)
-            done | "tell" >> beam.Map(print)
+            _ = done | "tell" >> beam.Map(print)
     except Exception as error:
         # Runners wrap what a worker raised, each in its own way.
         lines = [line for line in str(error).split("\n") if "FailedPart: " in line]

@@ -56,9 +56,9 @@ class TextFiles(Source):
     """Files, read one after the other.
 
     Those ending in .jsonl, .ndjson, .json, .csv, .tsv and .parquet hold records, a document each,
-    of which `columns` says what is read. All others hold text, of which `format` says what a document
-    is: "sentences": lines up to a blank line or the file's end; "lines": each line; "files": each
-    file, blank lines ignored. All but Parquet may be compressed: .gz, .xz, .zst.
+    of which `columns` says what is read. All others hold text, of which `format` says what a
+    document is: "sentences": lines up to a blank line or the file's end; "lines": each line;
+    "files": each file, blank lines ignored. All but Parquet may be compressed: .gz, .xz, .zst.
     """
 
     name: str
