@@ -67,7 +67,8 @@ def test_a_recipe_says_how_to_run_it_and_names_its_slice(path):
 @every_recipe
 def test_the_schedule_reaches_its_peak_and_no_more(path):
     run = load_recipe(path)
-    steps = sum(phase.steps or 0 for phase in run.phases)
+    # A phase in epochs has as many steps as the dataset gives it.
+    steps = sum(phase.steps or 1_000 for phase in run.phases)
     at = np.unique(np.linspace(0, steps - 1, 200).astype(int))
     factors = [float(run.schedule.factor(int(step), steps)) for step in at]
     assert 0.5 < max(factors) <= 1.0 + 1e-6

@@ -12,7 +12,7 @@ import html
 import re
 import unicodedata
 from collections import Counter
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 from flaxpretrain.errors import UserError
 
@@ -84,7 +84,7 @@ class NormalizeUnicode(SentenceStep):
     """One spelling for what looks the same: a Unicode normal form, NFC or NFKC."""
 
     name: ClassVar[str] = "unicode"
-    form: Literal["NFC", "NFKC"] = "NFC"
+    form: str = "NFC"
 
     def __post_init__(self) -> None:
         if self.form not in ("NFC", "NFKC"):
@@ -92,9 +92,10 @@ class NormalizeUnicode(SentenceStep):
 
     def clean(self, sentence: str) -> str:
         """The normal form."""
-        if unicodedata.is_normalized(self.form, sentence):
+        form: Any = self.form  # checked above; the library's stubs want one of its literals
+        if unicodedata.is_normalized(form, sentence):
             return sentence
-        return unicodedata.normalize(self.form, sentence)
+        return unicodedata.normalize(form, sentence)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,7 +215,7 @@ def test_training_mistakes_are_one_line(corpus):
     arguments = ["--corpus-dir", corpus, "--output-dir", corpus.parent / "t", "--vocab-size"]
     for more, message in [
         ([3], "vocabulary of 3 is too small"),
-        ([300, "--model", "bpe", "--strip-accents"], "--strip-accents goes with"),
+        ([300, "--model", "unigram", "--character-coverage", 2], "--character-coverage is above 0"),
     ]:
         code, _, errors = run("train_tokenizer", *arguments, *more)
         assert code == 2 and message in errors and len(errors.splitlines()) == 1
