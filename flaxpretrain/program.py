@@ -68,6 +68,9 @@ def quiet_absent_tpu() -> None:
         return
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
+        # Any will do: it asks for them before it looks for a device.
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
     }.items():
