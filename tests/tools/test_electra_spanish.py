@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="computes with PyTorch Transformers"
 pytestmark = [pytest.mark.slow, pytest.mark.hf]
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS, ROWS = 500, 256
+STEPS, ROWS = 1_000, 256
 LEARNT_NATS = 0.7
 """Under the unigram entropy: more than how frequent words are."""
 SENTENCE = "Los pájaros están hablando"
@@ -37,7 +37,7 @@ def run(*command):
 def trained(test_data, tmp_path_factory, request):
     """Folder with `data`, a workdir `w`, and `hf/generator` and `hf/discriminator`."""
     if "slow" not in request.config.option.markexpr:
-        pytest.skip("trains for four minutes on two cores: run with -m slow")
+        pytest.skip("trains for eight minutes on two cores: run with -m slow")
     folder = tmp_path_factory.mktemp("spanish")
     text = test_data / "es_novels_eltec" / "train.txt"
     tokenizer, data = folder / "tokenizer", folder / "data"
