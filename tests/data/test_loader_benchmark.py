@@ -1,5 +1,6 @@
 """The loader benchmark runs, and says what it measured."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -26,5 +27,7 @@ def test_the_loader_benchmark_prints_and_saves_its_figures(tmp_path):
     assert result["threads"] == 1
     assert result["command"].endswith(f"{options} --output RESULT.json")
     assert [f["layout"] for f in result["pipeline"]] == ["Blocks", "Documents"]
-    assert all(f["tokens_per_second"] > 0 and f["ratio"] > 0 for f in result["pipeline"])
+    assert all(f["tokens_per_second"] > 0 for f in result["pipeline"])
+    if importlib.util.find_spec("torch"):  # the collator beside it is PyTorch's
+        assert all(f["ratio"] > 0 for f in result["pipeline"])
     assert str(tmp_path) not in done.stdout

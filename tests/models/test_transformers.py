@@ -111,7 +111,7 @@ def batch_of(config):
 
 
 def their_outputs(network, ids, segments, types):
-    import torch
+    torch = pytest.importorskip("torch")
 
     arrays = {"input_ids": ids, "attention_mask": segments, "token_type_ids": types}
     if network.config.model_type == "distilbert":
@@ -198,7 +198,7 @@ def test_tensors_go_there_and_back_unchanged(config_class, name, options):
 
 @pytest.mark.parametrize(("config_class", "name", "options"), CASES)
 def test_transformers_loads_the_export_whole(config_class, name, options, tmp_path):
-    import torch
+    torch = pytest.importorskip("torch")
 
     network = oracle(config_class, name, options)
     config = config_class.from_hf(network.config.to_dict() | {"architectures": [name]})
@@ -232,7 +232,7 @@ def test_transformers_loads_the_export_whole(config_class, name, options, tmp_pa
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_equal_those_of_transformers(tied):
-    import torch
+    torch = pytest.importorskip("torch")
 
     network = oracle(BertConfig, "BertForMaskedLM", {"tie_word_embeddings": tied})
     config = BertConfig.from_hf(network.config.to_dict() | {"architectures": ["BertForMaskedLM"]})
