@@ -26,7 +26,7 @@ from flaxpretrain.conversion.sources import CHECKPOINTS, Origin, open_model, wri
 from flaxpretrain.data.store import TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.checkpoints import Checkpoints
-from flaxpretrain.training.loop import FORMAT
+from flaxpretrain.training.resume import FORMAT
 from flaxpretrain.training.session import write_json
 
 
