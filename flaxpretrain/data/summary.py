@@ -4,7 +4,7 @@ import numpy as np
 
 from flaxpretrain.data.rows import Blocks, Documents
 from flaxpretrain.data.segments import SegmentPlan, recorded_layout
-from flaxpretrain.data.sentence_pairs import SentencePairs
+from flaxpretrain.data.sentence_pairs import PairedFraming, SentencePairs
 from flaxpretrain.data.store import Dataset, Split
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
@@ -74,16 +74,17 @@ def padding(dataset: Dataset, length: int) -> list[str]:
     split = dataset.split("train")
     lines = []
     layouts = [
-        ("blocks (concatenated and cut)", Blocks()),
-        ("documents packed, with segments", Documents()),
+        ("blocks (concatenated and cut)", Blocks(), specials),
+        ("documents packed, with segments", Documents(), specials),
     ]
     if _holds_pairs(split, length, dataset.vocabulary):
+        framed = PairedFraming.specials_per_piece
         layouts += [
-            ("sentence pairs packed, a label each", SentencePairs()),
-            ("sentence pairs, one a row", SentencePairs(most=1)),
+            ("sentence pairs packed, a label each", SentencePairs(), framed),
+            ("sentence pairs, one a row", SentencePairs(most=1), framed),
         ]
-    for label, layout in layouts:
-        plan = layout.plan(split, length, specials)
+    for label, layout, framed in layouts:
+        plan = layout.plan(split, length, framed)
         lines.append(f"{label}: {plan.rows_per_epoch:,} rows, {plan.padding_share:.2%} padding")
     compatible = recorded_layout(dataset)
     if compatible is not None:
