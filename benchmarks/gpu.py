@@ -4,14 +4,13 @@
 
 Every case is a recipe with a batch that fills the device, in bfloat16: the step alone on a batch
 that lies on the device, then fed by the loader from a store of random text. Rates are medians over
-five windows. The steps of all cases are compiled first, in parallel; nothing else runs on the
-device while a case is timed. With --peers, benchmarks/gpu_peers.py trains GPT-2 and T5 of
-Transformers at the same shapes in a process of its own, timed just before ours. --trace
-FOLDER keeps a profile of three steps of each case. Writes benchmarks/results/gpu.json.
+five windows. Each case is a process of its own; all compile at once, then take turns, and nothing
+else runs on the device while one is timed. With --peers, benchmarks/gpu_peers.py trains GPT-2 and
+T5 of Transformers at the same shapes, timed first. --trace FOLDER keeps a profile of three steps of
+each case. Writes benchmarks/results/gpu.json.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import datetime
 import gzip
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +45,10 @@ class Case:
     recipe: str
     overrides: tuple[str, ...]
     unit: str
-    aim: float
+    aim: float = 0.0
     peer: str | None = None
     phase: int = 0
+    xla_flags: str = ""
 
 
 def _sized(length: int, rows: int, *more: str, phase: int | None = None) -> tuple[str, ...]:
@@ -58,22 +57,26 @@ def _sized(length: int, rows: int, *more: str, phase: int | None = None) -> tupl
     return (*sizes, *more)
 
 
-NO_REMAT = ("remat=none", "scan_layers=false")
+UNROLLED = ("remat=none", "scan_layers=false")
+FLASH = ("model.attention_probs_dropout_prob=0.0",)
+"""cuDNN's flash attention has no dropout of its own that a row's key decides."""
+
 CASES = (
-    Case("electra_small_128", "electra_small", _sized(128, 1024, *NO_REMAT), "rows", 20_000),
-    Case("electra_base_128", "electra_base", _sized(128, 512, *NO_REMAT), "rows", 4_000),
-    Case("electra_base_512", "electra_base", _sized(512, 128, *NO_REMAT), "rows", 0),
+    Case("electra_small_128", "electra_small", _sized(128, 1024, *UNROLLED), "rows", 20_000),
+    Case("electra_small_128_flash", "electra_small", _sized(128, 1024, *UNROLLED, *FLASH), "rows"),
+    Case("electra_base_128", "electra_base", _sized(128, 512, *UNROLLED), "rows", 4_000),
+    Case("electra_base_512", "electra_base", _sized(512, 128, *UNROLLED), "rows"),
+    Case("electra_base_512_flash", "electra_base", _sized(512, 128, *UNROLLED, *FLASH), "rows"),
     Case(
         "bert_large_512",
         "bert_large_lamb",
-        _sized(512, 64, *NO_REMAT, phase=1),
+        _sized(512, 64, *UNROLLED, phase=1),
         "rows",
         430,
         phase=1,
     ),
-    Case("bert_base_512", "bert_base", _sized(512, 128, *NO_REMAT, phase=1), "rows", 0, phase=1),
-    Case("t5_v1_1_base", "t5_v1_1_base", _sized(512, 64, *NO_REMAT), "mfu", 0.35, "t5"),
-    Case("gpt2_small", "gpt2_small", _sized(1024, 32, *NO_REMAT), "tokens", 450_000, "gpt2"),
+    Case("t5_v1_1_base", "t5_v1_1_base", _sized(512, 64, *UNROLLED), "mfu", 0.35, "t5"),
+    Case("gpt2_small", "gpt2_small", _sized(1024, 32, *UNROLLED), "tokens", 450_000, "gpt2"),
 )
 
 
@@ -136,6 +139,8 @@ def measured(ready: Prepared, trace: Path | None) -> dict[str, Any]:
     stats = jax.devices()[0].memory_stats() or {}
     figures = {
         "case": ready.case.name,
+        "device": jax.devices()[0].device_kind,
+        "packages": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         "recipe": ready.case.recipe,
         "overrides": list(ready.case.overrides),
         "attention": ready.assembly.execution.attention,
@@ -150,7 +155,7 @@ def measured(ready: Prepared, trace: Path | None) -> dict[str, Any]:
         "mfu": None if both.mfu is None else round(both.mfu, 4),
         "step": dataclasses.asdict(alone),
         "both": dataclasses.asdict(both),
-        "peak_memory_bytes_so_far": stats.get("peak_bytes_in_use"),
+        "peak_memory_bytes": stats.get("peak_bytes_in_use"),
         "aim": f"{ready.case.aim:,} {ready.case.unit}" if ready.case.aim else None,
     }
     say(
@@ -174,32 +179,50 @@ def keep_trace(bench: Any, folder: Path, name: str) -> None:
             (folder / f"{name}.xplane.pb.gz").write_bytes(gzip.compress(file.read_bytes()))
 
 
-class Peers:
-    """Transformers in a process of its own, which compiles while we do and waits for its turn."""
+class Turn:
+    """A process that compiles at once, says `ready`, and waits for its turn on the device."""
 
-    def __init__(self, names: list[str]) -> None:
-        """Starts to compile."""
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_peers.py"), *names]
+    def __init__(self, name: str, command: list[str], xla_flags: str = "") -> None:
+        """Starts it."""
+        self.name = name
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": flags} if flags else None,
         )
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Waits until all is compiled, gives the device over, and yields the figures."""
-        reader, writer = self._process.stdout, self._process.stdin
-        assert reader is not None and writer is not None
+    def wait_until_ready(self) -> None:
+        """Returns when it has compiled, or has failed."""
+        reader = self._process.stdout
+        assert reader is not None
         while (line := reader.readline()) and line.strip() != "ready":
-            say(line.rstrip())
-        writer.write("go\n")
-        writer.flush()
-        yield from (json.loads(line) for line in reader if line.startswith("{"))
-        self._process.wait()
+            say(f"{self.name}: {line.rstrip()}")
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Gives it the device and waits for what it finds: nothing where it failed."""
+        try:
+            out, _ = self._process.communicate("go\n")
+        except BrokenPipeError:
+            return []
+        return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+def one_case(case: Case, arguments: argparse.Namespace) -> None:
+    """Compiles, says `ready`, waits for a line on stdin, measures and prints a JSON line."""
+    ready = prepared(case, arguments.overrides)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(measured(ready, arguments.trace)), flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = program.Parser(__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="cases (default: all)")
+    parser.add_argument("--one", action="store_true", help="only the first, in this process")
     parser.add_argument("--peers", action="store_true", help="Transformers beside it")
     parser.add_argument("--trace", type=Path, help="keep a profile of each case here")
     parser.add_argument("--output", type=Path, default=RESULT, help="file of the result")
@@ -244,35 +267,34 @@ def main(argv: list[str]) -> None:
     """Measures and writes the result."""
     arguments = parser().parse_args(argv)
     cases = chosen(arguments.only, arguments.rows)
+    if arguments.one:
+        return one_case(cases[0], arguments)
+    more = [f"--set={text}" for text in arguments.overrides]
+    if arguments.trace:
+        more.append(f"--trace={arguments.trace}")
+    program_file, peer_file = (str(ROOT / "benchmarks" / n) for n in ("gpu.py", "gpu_peers.py"))
+    turns = [
+        Turn(case.name, [program_file, "--one", *more, "--only", case.name], case.xla_flags)
+        for case in cases
+    ]
     names = sorted({case.peer for case in cases if case.peer})
-    peers = Peers(names) if arguments.peers and names else None
-    import jax
-
-    device = jax.devices()[0]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(prepared, case, arguments.overrides) for case in cases]
-        ready = [future.result() for future in futures]
+    if arguments.peers and names:
+        turns.insert(0, Turn("peers", [peer_file, *names]))
+    for turn in turns:
+        turn.wait_until_ready()
     result: dict[str, Any] = {
         "benchmark": "gpu",
         "command": " ".join(["python", "benchmarks/gpu.py", *argv]),
         "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "packages": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "peers": [],
         "cases": [],
     }
-    if peers is not None:
-        for line in peers.lines():
+    for turn in turns:
+        found = turn.figures()
+        result["peers" if turn.name == "peers" else "cases"] += found
+        for line in found if turn.name == "peers" else ():
             say(f"peer {line}")
-            result["peers"].append(line)
-    while ready:  # freed one by one: each holds an executable
-        try:
-            result["cases"].append(measured(ready[0], arguments.trace))
-        except Exception as error:  # one that does not fit must not take the others along
-            say(f"{ready[0].case.name}: {type(error).__name__}: {str(error)[:300]}")
-        ready.pop(0)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
