@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxpretrain.errors import UserError
+from flaxpretrain.hardware import HardwareRule, rule_for
 from flaxpretrain.overrides import coerce, nearest
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "differences",
     "load",
     "load_recipe",
+    "on_hardware",
     "overridden",
     "override",
     "parse",
@@ -110,18 +112,30 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each axis; -1 takes what the others leave."""
+    """Devices along each axis; -1 takes what the others leave.
+
+    data: rows of the batch; the only axis that goes across TPU slices.
+    fsdp: rows too, and slices of parameters and optimizer state.
+    tensor: heads and inner features of the layers.
+    context: the tokens of a row, for rows too long for one device.
+    shard_optimizer: splits the optimizer's state over `data` as well, while the parameters stay as
+        they are (ZeRO's first stage, https://arxiv.org/abs/1910.02054): gradients are
+        reduce-scattered, updated parameters gathered.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError on sizes that cannot be."""
-        sizes = dataclasses.astuple(self)
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
         _require(
             all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1,
-            f"mesh sizes must be positive, at most one of them -1; got {sizes}",
+            "mesh sizes (data, fsdp, tensor, context) must be positive, at most one of them -1; "
+            f"got {sizes}",
         )
 
 
@@ -190,7 +204,8 @@ class Run:
 
     `model`, `objective`, `optimizer`, `schedule` and `guard` are frozen values of the rooms that
     define them. `prepare`, `evaluations` and `finish` are values that the loop calls blind:
-    `prepare` items have `run(run, workdir)`, the others `run(session)`.
+    `prepare` items have `run(run, workdir)`, the others `run(session)`. Of the rules in `hardware`,
+    the first one that fits the devices at hand changes how the run computes; see `on_hardware`.
     """
 
     model: Any
@@ -205,6 +220,7 @@ class Run:
     remat: str = "none"
     attention: str = "auto"
     scan_layers: bool = True
+    hardware: tuple[HardwareRule, ...] = ()
     seeds: Seeds = Seeds()
     evaluations: tuple[Any, ...] = ()
     checkpoints: Checkpoints = Checkpoints()
@@ -267,9 +283,27 @@ def load_recipe(path: str | Path) -> Run:
     return dataclasses.replace(run, name=path.stem)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """The recipe at `path` with overrides such as `model.hidden_size=64` applied in order."""
-    return overridden(load_recipe(path), overrides)
+def load(
+    path: str | Path, overrides: Sequence[str] = (), devices: Sequence[Any] | None = None
+) -> Run:
+    """The recipe at `path` with overrides such as `model.hidden_size=64` applied in order.
+
+    Where the devices are known that it will run on, its hardware rule for them comes first, so that
+    an override wins over the rule.
+    """
+    run = load_recipe(path)
+    rules = [text for text in overrides if text.startswith("hardware.")]
+    if devices is not None:
+        run = on_hardware(overridden(run, rules), devices)
+    return overridden(run, overrides)
+
+
+def on_hardware(run: Run, devices: Sequence[Any]) -> Run:
+    """The run with the settings of the first hardware rule that fits these devices, if any does."""
+    rule = rule_for(run.hardware, devices[0].device_kind, len(devices))
+    for name, value in rule.settings.items() if rule is not None else ():
+        run = override(run, name, value)
+    return run
 
 
 def overridden(run: Run, overrides: Sequence[str]) -> Run:
@@ -418,6 +452,7 @@ MAY_CHANGE = (
     "remat",
     "attention",
     "scan_layers",
+    "hardware",
     "device",
     "data.folder",
     "data.limit",

@@ -1,7 +1,14 @@
-"""What a device kind can do at best: the denominator of model FLOPs utilisation (MFU)."""
+"""What is known of device kinds: what each can do at best, and a run's settings for it.
+
+The peak is the denominator of model FLOPs utilisation (MFU).
+"""
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flaxpretrain.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +58,56 @@ def peak_of(device_kind: str) -> Peak | None:
         if re.search(pattern, device_kind, re.IGNORECASE):
             return peak
     return None
+
+
+_RULED = re.compile(
+    r"mesh\.\w+|precision\.\w+|remat|attention|scan_layers|(phases\.\d+\.)?microbatches"
+)
+"""Fields that a hardware rule may set: how a run computes, never what it learns from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareRule:
+    """What a run sets on devices of some kind.
+
+    kind: regex that occurs in `jax.Device.device_kind`, case ignored: `TPU v5 lite`, `H100`.
+    settings: field -> value, named as for --set.
+    devices: how many there must be, from the fewest to the most; None for no limit.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    _: dataclasses.KW_ONLY
+    devices: tuple[int, int | None] = (1, None)
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a pattern that is none, and on fields that rules may not set."""
+        try:
+            re.compile(self.kind)
+        except re.error as error:
+            raise UserError(
+                f"hardware.kind {self.kind!r} is no regular expression: {error}"
+            ) from error
+        for name in self.settings:
+            if not _RULED.fullmatch(name):
+                raise UserError(
+                    f"hardware rule {self.kind!r} cannot set {name!r}: rules say how a run "
+                    "computes, with mesh.*, precision.*, remat, attention, scan_layers, "
+                    "microbatches or phases.N.microbatches"
+                )
+
+    def fits(self, device_kind: str, devices: int) -> bool:
+        """Whether it is meant for so many devices of this kind."""
+        fewest, most = self.devices
+        enough = fewest <= devices and (most is None or devices <= most)
+        return enough and re.search(self.kind, device_kind, re.IGNORECASE) is not None
+
+    def __str__(self) -> str:
+        """As in `hardware rule 'H100': remat = none`."""
+        values = ", ".join(f"{name} = {value}" for name, value in self.settings.items())
+        return f"hardware rule {self.kind!r}: {values}"
+
+
+def rule_for(rules: Sequence[HardwareRule], device_kind: str, devices: int) -> HardwareRule | None:
+    """The first rule that fits; None where none does."""
+    return next((rule for rule in rules if rule.fits(device_kind, devices)), None)

@@ -29,6 +29,7 @@ from flaxpretrain.electra_hparams import HParams, notes_of, read_hparams, run_of
 from flaxpretrain.errors import UserError
 from flaxpretrain.evaluation.fixed_masks import evaluate, settings_of
 from flaxpretrain.evaluation.subject import open_subject
+from flaxpretrain.hardware import rule_for
 from flaxpretrain.training import sharding
 from flaxpretrain.training.loop import NotFinite, train
 
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> int:
             )
     else:
         _no_hparams(arguments)
-        run = load(arguments.recipe, arguments.overrides)
+        run = load(arguments.recipe, arguments.overrides, jax.devices())
         if arguments.data_dir is not None:
             data = dataclasses.replace(run.data, folder=str(arguments.data_dir))
             run = dataclasses.replace(run, data=data)
@@ -172,7 +173,7 @@ def evaluate_workdir(workdir: Path, run: Run, hparams: HParams) -> None:
     rows = hparams.num_eval_steps * hparams.eval_batch_size
     split = next((e.split for e in run.evaluations), "validation")
     settings = settings_of(subject, split=split, max_rows=rows)
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = sharding.mesh_of(run.mesh)
     dataset = open_dataset(dataset_folder(run, workdir))
     figures = evaluate(subject, dataset, settings, mesh, hparams.eval_batch_size)
     figures = {"global_step": subject.step, **figures}
@@ -197,6 +198,8 @@ def say_devices(run: Run, allow_cpu: bool) -> None:
             f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}",
             file=sys.stderr,
         )
+        if rule := rule_for(run.hardware, devices[0].device_kind, len(devices)):
+            print(rule, file=sys.stderr)
     if run.device != "any" and devices[0].platform == "cpu" and not allow_cpu:
         raise UserError(
             f"recipe {run.name} is made for {run.device.upper()}, but jax found only the CPU: "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from flaxpretrain.config import Phase, differences, load, override, parse, ramp, render
@@ -109,6 +110,37 @@ def test_what_may_change_at_resume_and_what_may_not():
         "optimizer.learning_rate: 0.001 -> 1.0",
         "phases.0.batch_size: 8 -> 16",
     ]
+
+
+HARDWARE_RECIPE = """
+from flaxpretrain.hardware import HardwareRule
+from tests import toys
+
+
+def recipe():
+    rule = HardwareRule("cpu", {"remat": "dots", "microbatches": 2}, devices=(8, 8))
+    return toys.run(hardware=(rule,))
+"""
+
+
+def test_a_recipe_s_rule_for_the_devices_applies_and_an_override_wins(tmp_path):
+    path = tmp_path / "ruled.py"
+    path.write_text(HARDWARE_RECIPE)
+    devices = jax.devices()
+    run = load(path, ["microbatches=4"], devices)
+    assert (run.remat, run.phases[0].microbatches) == ("dots", 4)
+    assert load(path).remat == load(path, devices=devices[:4]).remat == "none"
+    # The rules stay, and may be changed themselves; none of it stands in the way of a resume.
+    assert parse(json.loads(json.dumps(render(run)))) == run
+    assert load(path, ["hardware.0.settings.remat=full"], devices).remat == "full"
+    assert differences(render(load(path)), render(run)) == []
+
+
+def test_a_rule_with_a_value_that_cannot_be_is_refused(tmp_path):
+    path = tmp_path / "ruled.py"
+    path.write_text(HARDWARE_RECIPE.replace('"microbatches": 2', '"mesh.rows": 2'))
+    with pytest.raises(UserError, match="mesh.rows: Mesh has no field 'rows'"):
+        load(path, devices=jax.devices())
 
 
 def test_a_ramp_ends_at_its_end_and_has_all_its_steps():

@@ -2,7 +2,8 @@
 
 import pytest
 
-from flaxpretrain.hardware import peak_of
+from flaxpretrain.errors import UserError
+from flaxpretrain.hardware import HardwareRule, peak_of, rule_for
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,46 @@ def test_a_device_kind_has_its_peak(device_kind, name):
 )
 def test_an_unknown_kind_has_none_rather_than_a_relative_s(device_kind):
     assert peak_of(device_kind) is None
+
+
+RULES = (
+    HardwareRule("TPU v5 lite", {"remat": "none"}, devices=(16, None)),
+    HardwareRule("TPU v5 lite", {"remat": "dots", "microbatches": 4}),
+    HardwareRule("h100", {"remat": "none"}, devices=(1, 8)),
+)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "devices", "index"),
+    [
+        ("TPU v5 lite", 256, 0),
+        ("TPU v5 lite", 4, 1),
+        ("NVIDIA H100 80GB HBM3", 8, 2),
+        ("NVIDIA H100 80GB HBM3", 16, None),
+        ("cpu", 1, None),
+    ],
+)
+def test_the_first_rule_that_fits_kind_and_number_counts(device_kind, devices, index):
+    expected = None if index is None else RULES[index]
+    assert rule_for(RULES, device_kind, devices) is expected
+
+
+def test_a_rule_is_shown_with_what_it_sets():
+    assert str(RULES[1]) == "hardware rule 'TPU v5 lite': remat = dots, microbatches = 4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("H100(", {}, "hardware.kind 'H100\\(' is no regular expression"),
+        (
+            "H100",
+            {"optimizer.learning_rate": 1.0},
+            "cannot set 'optimizer.learning_rate': rules say",
+        ),
+        ("H100", {"phases.0.batch_size": 8}, "cannot set 'phases.0.batch_size'"),
+    ],
+)
+def test_a_rule_that_changes_what_is_learnt_is_refused(kind, settings, message):
+    with pytest.raises(UserError, match=message):
+        HardwareRule(kind, settings)

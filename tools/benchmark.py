@@ -69,7 +69,7 @@ def opened(run: Run, folder: Path | None) -> Iterator[Dataset]:
 def main(argv: list[str]) -> int:
     """Runs the program."""
     arguments = parser().parse_args(argv)
-    run = load(arguments.recipe, arguments.overrides)
+    run = load(arguments.recipe, arguments.overrides, jax.devices())
     if arguments.steps < 1:
         raise UserError(f"--steps {arguments.steps}: expected 1 or more")
     if arguments.phase is not None and not 0 <= arguments.phase < len(run.phases):
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
             f"--phase {arguments.phase}: the recipe has phases 0 to {len(run.phases) - 1}"
         )
     numbers = range(len(run.phases)) if arguments.phase is None else [arguments.phase]
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = sharding.mesh_of(run.mesh)
     needed = arguments.steps + throughput.WARM_UP + throughput.WINDOWS
     found = []
     with opened(run, arguments.data_dir) as dataset, jax.set_mesh(mesh):

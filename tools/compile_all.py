@@ -2,7 +2,8 @@
 
     python tools/compile_all.py
 
-Needs the libtpu package, no TPU; one to three minutes a phase on two cores. Recipes whose code has
+Needs the libtpu package, no TPU; one to three minutes a phase on two cores. One recipe of each
+family is compiled for a slice of every generation of TPUs. Recipes whose code has
 not changed since their entry was written are left alone, and where the changed code still gives the
 compiler the same program (some seconds), the entry is kept; --all compiles all again. The record is
 benchmarks/results/tpu_compile.json; a test fails when an entry is out of date.
@@ -22,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxpretrain import program
-from flaxpretrain.analysis.pods import pod_of, source_hash
-from flaxpretrain.analysis.topology import compile_step, lower_step, prepare_environment
+from flaxpretrain.analysis.pods import slices_of, source_hash
+from flaxpretrain.analysis.topology import compile_step, devices_of, lower_step, prepare_environment
 from flaxpretrain.config import Run, load
 
 RECORD = ROOT / "benchmarks" / "results" / "tpu_compile.json"
@@ -77,15 +78,16 @@ def keep(record: dict) -> None:
 
 def entry(recipe: Path, code: str, before: dict) -> dict:
     """Compiles the phases of a recipe that differ in shape, where the program is a new one."""
-    run, pod = load(recipe), pod_of(recipe)
     phases: dict[tuple, dict] = {}
-    for number, phase in enumerate(run.phases):
-        shape = (phase.length, phase.batch_size, phase.microbatches)
-        if shape not in phases:
-            print(f"{run.name}, phase {number}, {pod} ...", file=sys.stderr, flush=True)
-            phases[shape] = same_program(run, pod, number, before) or dataclasses.asdict(
-                compile_step(run, pod, number)[0]
-            )
+    for pod in slices_of(recipe):
+        run = load(recipe, devices=devices_of(pod))
+        for number, phase in enumerate(run.phases):
+            shape = (pod, phase.length, phase.batch_size, phase.microbatches)
+            if shape not in phases:
+                print(f"{run.name}, phase {number}, {pod} ...", file=sys.stderr, flush=True)
+                phases[shape] = same_program(run, pod, number, before) or dataclasses.asdict(
+                    compile_step(run, pod, number)[0]
+                )
     if before and list(phases.values()) == before["phases"]:
         return before | {"source_hash": code}
     return {

@@ -1,17 +1,23 @@
 """Compiles the train step of a recipe for a TPU slice on any machine: fits or not, and how fast.
 
     python tools/compile_for_topology.py configs/bert_base.py --topology v5e:16x16
+    python tools/compile_for_topology.py configs/gpt2_small.py --topology v5e:4x4 --search
 
 Needs the libtpu package (pip install libtpu), no TPU. Whether the step fits is the compiler's
 verdict. Step time and what follows from it are estimates, by the cycles of XLA's cost model plus
 the attention kernels' matrix products at no more than half of the peak; collectives are listed,
 and not part of the estimate.
+
+With --search it compiles combinations of batch size, remat policy and mesh, and prints the fastest
+that fit with the commands that train them. What was found is kept in a file: an interrupted search,
+or one whose budget is used up, goes on where it stopped when the same command is given again.
 """
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,9 +25,28 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxpretrain import program
-from flaxpretrain.analysis.topology import Report, compile_step, prepare_environment
-from flaxpretrain.config import Run, load, override
+from flaxpretrain.analysis.pods import source_hash
+from flaxpretrain.analysis.search import (
+    REMATS,
+    Budget,
+    Found,
+    Record,
+    best,
+    command,
+    default_batch_sizes,
+    default_meshes,
+    grid,
+    search,
+)
+from flaxpretrain.analysis.topology import (
+    Report,
+    compile_step,
+    devices_of,
+    prepare_environment,
+)
+from flaxpretrain.config import Mesh, Run, load
 from flaxpretrain.errors import UserError
+from flaxpretrain.overrides import coerce, nearest
 
 
 def parser() -> program.Parser:
@@ -35,7 +60,10 @@ def parser() -> program.Parser:
     )
     parser.add_argument("--slices", type=int, default=1, help="how many such slices")
     parser.add_argument(
-        "--mesh", metavar="AXIS=N,...", help="data, fsdp, tensor; -1 is the rest (default: recipe)"
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="of data, fsdp, tensor, context; -1 is the rest; also shard_optimizer=true "
+        "(default: the recipe's)",
     )
     parser.add_argument(
         "--set",
@@ -55,32 +83,79 @@ def parser() -> program.Parser:
         metavar="FILE",
         help="keep the compiled text; of several phases as FILE's name with .phaseN",
     )
+    add_search(parser)
     return parser
 
 
+def add_search(parser: program.Parser) -> None:
+    """The arguments of --search."""
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--search", action="store_true", help="look for the fastest combination that fits"
+    )
+    group.add_argument(
+        "--batch-sizes",
+        metavar="N,...",
+        help="rows of a global batch (default: the recipe's, 2 and 4 times as many, half)",
+    )
+    group.add_argument("--remats", metavar="NAME,...", default=",".join(REMATS), help="policies")
+    group.add_argument(
+        "--meshes",
+        metavar="MESH;...",
+        help="as for --mesh (default: all data; that with shard_optimizer; all fsdp)",
+    )
+    group.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="what was found, JSON lines (default: runs/search/RECIPE-TOPOLOGY.jsonl)",
+    )
+    group.add_argument("--budget-minutes", type=float, help="begin no compilation after so long")
+    group.add_argument("--max-compiles", type=int, help="begin no more compilations than these")
+    group.add_argument("--best", type=int, default=5, help="how many to print")
+
+
 def with_mesh(run: Run, text: str | None) -> Run:
-    """The run on the mesh that --mesh names."""
-    for part in text.split(",") if text else ():
+    """The run on the mesh that --mesh names; axes that it leaves out are 1, `data` the rest."""
+    if not text:
+        return run
+    named: dict[str, Any] = {}
+    for part in text.split(","):
         axis, equals, size = part.partition("=")
         if not equals:
             raise UserError(f"--mesh {text}: expected AXIS=N, such as data=4,fsdp=2")
-        run = override(run, f"mesh.{axis.strip()}", size.strip())
-    return run
+        named[axis.strip()] = size.strip()
+    mesh: Any = Mesh(data=1) if "-1" in named.values() else Mesh()
+    # All at once: between two of them the sizes may not fit each other.
+    for axis, size in named.items():
+        known = [field.name for field in dataclasses.fields(Mesh)]
+        if axis not in known:
+            raise UserError(f"--mesh {text}: no field {axis!r}{nearest(axis, known)}")
+        named[axis] = coerce(mesh, axis, size, f"--mesh {text}")
+    return dataclasses.replace(run, mesh=dataclasses.replace(mesh, **named))
 
 
 def main(argv: list[str]) -> int:
     """Runs the program; its exit code is 0 whether the step fits or not."""
     arguments = parser().parse_args(argv)
     prepare_environment()
-    run = with_mesh(load(arguments.recipe, arguments.overrides), arguments.mesh)
-    numbers = range(len(run.phases)) if arguments.phase is None else [arguments.phase]
+    if arguments.slices < 1:
+        raise UserError(f"--slices {arguments.slices}: expected 1 or more")
+    devices = devices_of(arguments.topology, arguments.slices)
+    run = with_mesh(load(arguments.recipe, arguments.overrides, devices), arguments.mesh)
+    numbers = list(range(len(run.phases))) if arguments.phase is None else [arguments.phase]
     if arguments.phase is not None and not 0 <= arguments.phase < len(run.phases):
         raise UserError(
             f"--phase {arguments.phase}: the recipe has phases 0 to {len(run.phases) - 1}"
         )
-    if arguments.slices < 1:
-        raise UserError(f"--slices {arguments.slices}: expected 1 or more")
     console = Console(stderr=arguments.json)
+    if arguments.search:
+        if len(numbers) > 1:
+            raise UserError(
+                f"--search needs one phase, and the recipe has {len(run.phases)}: add --phase "
+                f"{numbers[0]} to --phase {numbers[-1]}"
+            )
+        return search_and_print(run, numbers[0], arguments, console)
     for number in numbers:
         report, text = compile_step(run, arguments.topology, number, arguments.slices)
         if arguments.json:
@@ -93,6 +168,54 @@ def main(argv: list[str]) -> int:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}", file=sys.stderr)
     return program.EXIT_OK
+
+
+def search_and_print(run: Run, phase: int, arguments: Any, console: Console) -> int:
+    """Searches, and prints the best; 130 when interrupted, all found so far kept."""
+    slices, topology = arguments.slices, arguments.topology
+    sizes = default_batch_sizes(run.phases[phase].batch_size)
+    if arguments.batch_sizes:
+        sizes = whole_numbers(arguments.batch_sizes, "--batch-sizes")
+    meshes = default_meshes(slices)
+    if arguments.mesh or arguments.meshes:
+        texts = (arguments.meshes or arguments.mesh).split(";")
+        meshes = [with_mesh(run, text).mesh for text in texts]
+    candidates = grid(sizes, arguments.remats.split(","), meshes)
+    name = f"{run.name}-{topology.replace(':', '-')}" + (f"-x{slices}" if slices > 1 else "")
+    path = arguments.record or Path("runs") / "search" / f"{name}.jsonl"
+    record = Record(path, source_hash(Path(arguments.recipe)))
+    budget = Budget(minutes=arguments.budget_minutes, compiles=arguments.max_compiles)
+    found: list[Found] = []
+    code = program.EXIT_OK
+    try:
+        for each in search(run, topology, slices, phase, candidates, record, budget, say):
+            found.append(each)
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on from here")
+        code = 130
+    for each in best(found, arguments.best):
+        line = command(each, arguments.recipe, arguments.overrides, run, phase)
+        if arguments.json:
+            print(json.dumps({"command": line, **dataclasses.asdict(each.report)}), flush=True)
+        console.print(table(each.report))
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if not best(found, 1):
+        say("none of those compiled so far fits")
+    say(f"all of it is in {path}")
+    return code
+
+
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """Numbers between commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: expected numbers, such as 256,512") from error
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def table(report: Report) -> Table:
@@ -132,6 +255,7 @@ def table(report: Report) -> Table:
         f"formula {formula / 1e12:.4g} T, compiled {compiled / 1e12:.4g} T "
         f"({compiled / formula:.3f} of it)",
     )
+    out.add_row("memory traffic", f"{(report.bytes_accessed or 0) / 1e9:,.2f} GB a device and step")
     collectives = [
         f"{kind} {count} x, {(report.collective_bytes or {})[kind] / 1e6:,.1f} MB"
         for kind, count in (report.collective_counts or {}).items()

@@ -7,6 +7,7 @@ model expects of it; loops are written once and counted here as often as they ru
 import dataclasses
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -14,7 +15,7 @@ import numpy as np
 
 _HEADER = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _START = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _KERNEL_COST = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')
@@ -31,6 +32,28 @@ COLLECTIVES = (
 )
 """Kinds of communication between devices; `send` and `recv` are not used by jitted programs."""
 
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "async-start",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "iota",
+}
+"""Instructions that move no bytes themselves."""
+
+_UPDATE = "dynamic-update-slice"
+
+_SLICES = {"dynamic-slice", "slice", "gather"}
+"""Instructions that read as much of their first operand as they return."""
+
 _SPLASH_PRODUCTS = (("_fwd", 2), ("_dq", 3), ("_dkv", 4))
 """Matrix products over [L, S, K] of each splash attention kernel, by a part of its name.
 
@@ -45,6 +68,8 @@ class Shape:
 
     dtype: str
     dimensions: tuple[int, ...]
+    on_chip: bool = False
+    """In a memory other than HBM."""
 
     @property
     def size(self) -> int:
@@ -109,6 +134,7 @@ class Totals:
 
     cycles: XLA's estimate, without kernels and collectives.
     flops: of the matrix products, kernels not included.
+    hbm_bytes: read from and written to HBM; what the compiler keeps on the chip is left out.
     kernel_flops: of the custom kernels, by name.
     collective_bytes, collective_counts: payload of one device and number of operations, by kind.
     notes: what could not be counted.
@@ -116,6 +142,7 @@ class Totals:
 
     cycles: int = 0
     flops: int = 0
+    hbm_bytes: int = 0
     kernel_flops: Counter[str] = dataclasses.field(default_factory=Counter)
     kernel_calls: Counter[str] = dataclasses.field(default_factory=Counter)
     head_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -169,8 +196,8 @@ def _closing(text: str) -> int:
 def shapes(text: str) -> tuple[Shape, ...]:
     """All array types in a text."""
     return tuple(
-        Shape(dtype, tuple(int(d) for d in dimensions.split(",") if d))
-        for dtype, dimensions in _ARRAY.findall(text)
+        Shape(dtype, tuple(int(d) for d in dimensions.split(",") if d), "S(" in layout)
+        for dtype, dimensions, layout in _ARRAY.findall(text)
     )
 
 
@@ -188,6 +215,7 @@ def _visit(program: Program, name: str, times: int, sums: Totals, scheduled: boo
     for instruction in computation:
         if scheduled:
             sums.cycles += times * instruction.cycles
+            sums.hbm_bytes += times * _traffic(program, instruction, types)
         kind = instruction.opcode.removesuffix("-start")
         if instruction.opcode in ("convolution", "dot"):
             sums.flops += times * _product_flops(instruction, types)
@@ -206,6 +234,59 @@ def _visit(program: Program, name: str, times: int, sums: Totals, scheduled: boo
             inner = scheduled and instruction.opcode != "fusion"
             for called in instruction.called:
                 _visit(program, called, times, sums, inner)
+
+
+def _traffic(
+    program: Program, instruction: Instruction, types: Mapping[str, tuple[Shape, ...]]
+) -> int:
+    """Bytes of HBM that a scheduled instruction reads and writes, each operand and result once."""
+    opcode = instruction.opcode
+    marker = opcode == "custom-call" and "tpu_custom_call" not in instruction.attributes
+    if opcode in _FREE or marker or opcode.endswith(("-done", "-update")):
+        return 0
+    operands = [types.get(name, ()) for name in instruction.operand_names]
+    read, written = [_hbm(shapes) for shapes in operands], _hbm(instruction.shapes)
+    if opcode.endswith("-start"):
+        written = max(written - sum(read), 0)  # the result of a start repeats the operands
+    if opcode.removesuffix("-start") in _SLICES:
+        result = sum(shape.bytes for shape in instruction.shapes[-2:-1] or instruction.shapes)
+        read = [min(read[0], result if opcode.endswith("-start") else written), *read[1:]]
+    if opcode == _UPDATE:
+        return 2 * read[1]
+    if opcode == "fusion" and instruction.called:
+        inner = program.computations[instruction.called[0]]
+        read = [min(whole, _read_inside(inner, i)) for i, whole in enumerate(read)]
+        written = min(written, _written_inside(inner))
+    return sum(read) + written
+
+
+def _hbm(shapes: tuple[Shape, ...]) -> int:
+    return sum(shape.bytes for shape in shapes if not shape.on_chip)
+
+
+def _read_inside(computation: tuple[Instruction, ...], number: int) -> int:
+    """Bytes that a fusion reads of one operand: slices of it, where it takes nothing else."""
+    name = next(
+        i.name for i in computation if i.opcode == "parameter" and i.operands == str(number)
+    )
+    users = [i for i in computation if name in i.operand_names]
+    total = 0
+    for user in users:
+        first = user.operand_names[0] == name
+        if user.opcode in _SLICES and first:
+            total += sum(shape.bytes for shape in user.shapes)
+        elif not (user.opcode == _UPDATE and first):
+            return sys.maxsize
+    return total
+
+
+def _written_inside(computation: tuple[Instruction, ...]) -> int:
+    """Bytes that a fusion writes: of an array that is updated in place, the update alone."""
+    by_name = {i.name: i for i in computation}
+    root = computation[-1]
+    results = [by_name[n] for n in root.operand_names] if root.opcode == "tuple" else [root]
+    updates = {i: by_name[i.operand_names[1]] for i in results if i.opcode == _UPDATE}
+    return sum(s.bytes for i in results for s in updates.get(i, i).shapes)
 
 
 def _trips(program: Program, loop: Instruction) -> int | None:

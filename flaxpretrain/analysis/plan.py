@@ -16,7 +16,7 @@ from flaxpretrain.config import Phase, Run, dataset_folder, render
 from flaxpretrain.data.store import Dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
-from flaxpretrain.hardware import peak_of
+from flaxpretrain.hardware import peak_of, rule_for
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, assemble, stand_in_vocabulary
 from flaxpretrain.training.metrics import duration
@@ -41,7 +41,7 @@ def print_plan(run: Run, workdir: Path, console: Console | None = None) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     dataset = _dataset_if_built(run, workdir)
     phases = _phases(run, dataset)
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = sharding.mesh_of(run.mesh)
     assembly = assemble(run, mesh, total_steps(phases))
     console.print(parameter_table(assembly))
     vocabulary = dataset.vocabulary if dataset else stand_in_vocabulary(run)
@@ -94,6 +94,8 @@ def cost_lines(
     device, count = mesh.devices.flat[0], int(np.size(mesh.devices))
     axes = " x ".join(f"{n} {s}" for n, s in mesh.shape.items())
     lines = [f"devices: {count} x {device.device_kind}, mesh {axes}"]
+    if rule := rule_for(run.hardware, device.device_kind, count):
+        lines.append(str(rule))
     flops = 0.0
     positions = 0
     for number, phase in enumerate(phases):

@@ -1,4 +1,4 @@
-"""Which TPU slice a recipe is meant for, and whether the record of its compilation is up to date.
+"""Which TPU slices a recipe is compiled for, and whether the record of that is up to date.
 
 A recipe names its slice in a constant, `POD = "v5e:4x4"`. The record holds, beside each report, a
 hash of the code that decides what is compiled; comments and docstrings do not change it.
@@ -14,7 +14,13 @@ from flaxpretrain.errors import UserError
 
 PACKAGE = Path(flaxpretrain.__file__).parent
 
-ALWAYS = ("flaxpretrain.training.step", "flaxpretrain.training.assembly")
+ONE_A_FAMILY = ("bert_tiny", "electra_tiny", "t5_tiny", "bart_tiny", "gpt2_tiny")
+"""Recipes that are compiled for a slice of every generation of TPUs, to see that they can be."""
+
+OTHER_GENERATIONS = ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+"""The smallest whole hosts of the generations beside v5e, which recipes name themselves."""
+
+ALWAYS = tuple(f"flaxpretrain.training.{name}" for name in ("step", "assembly", "sharding"))
 """Modules that every compiled step is made by, whether the recipe imports them or not."""
 
 ROOMS = ("models", "objectives")
@@ -33,6 +39,12 @@ def pod_of(recipe: Path) -> str:
             if names == ["POD"]:
                 return str(node.value.value)
     raise UserError(f"{recipe} names no TPU slice: add a line such as POD = 'v5e:4x4'")
+
+
+def slices_of(recipe: Path) -> tuple[str, ...]:
+    """The topologies that the record has reports of: the recipe's own, and perhaps others."""
+    own = pod_of(recipe)
+    return (own, *OTHER_GENERATIONS) if recipe.stem in ONE_A_FAMILY else (own,)
 
 
 def source_hash(recipe: Path) -> str:

@@ -119,7 +119,8 @@ class Report:
     """What compiling one phase of a run for a slice showed; bytes and seconds are of one device.
 
     Figures that need the compiled program are None where it does not fit. `formula_flops` and
-    `compiled_flops` are those of a step on all devices, kernels included; `cycles` is XLA's
+    `compiled_flops` are those of a step on all devices, kernels included; `bytes_accessed` is what
+    one device reads from and writes to HBM, as the schedule has it; `cycles` is XLA's
     estimate of one step, `custom_call_seconds` what it leaves out: the kernels, charged at
     `custom_call_peak_share` of the peak. Collectives are counted, and not part of the estimate.
     `program_hash` is that of what the compiler was given, StableHLO.
@@ -154,6 +155,7 @@ class Report:
     output_bytes: int | None = None
     aliased_bytes: int | None = None
     compiled_flops: float | None = None
+    bytes_accessed: int | None = None
     cycles: int | None = None
     custom_calls: dict[str, dict[str, float]] | None = None
     custom_call_peak_share: float | None = None
@@ -173,7 +175,7 @@ def assembled_for(run: Run, topology: str, slices: int = 1) -> Assembly:
         UserError: there is no such slice, or the mesh does not fit it.
     """
     devices = devices_of(topology, slices)
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices=devices)
+    mesh = sharding.mesh_of(run.mesh, devices)
     steps = sum(phase.steps or 0 for phase in run.phases) or 1
     with jax.set_mesh(mesh):
         return assemble(run, mesh, steps)
@@ -292,6 +294,7 @@ def _estimate(text: str, topology: str, known: dict[str, Any]) -> dict[str, Any]
         notes.append("the estimate leaves collectives out")
     return {
         "compiled_flops": float((sums.flops + kernel_flops) * known["devices"]),
+        "bytes_accessed": sums.hbm_bytes,
         "cycles": sums.cycles,
         "custom_calls": {
             name: {"calls": calls, "flops": sums.kernel_flops[name]}

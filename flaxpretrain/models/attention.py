@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from flaxpretrain.errors import UserError
@@ -25,6 +24,7 @@ from flaxpretrain.models.layers import (
     zeros,
 )
 from flaxpretrain.models.memory import Kept
+from flaxpretrain.models.partition import context_size, on_each_device, whole_rows
 
 NEVER = -1e30
 """Score of a pair of tokens that may not look at each other: finite, so no row becomes NaN."""
@@ -220,9 +220,7 @@ def backend(name: str) -> Iterator[None]:
 def chosen_backend(*, plain: bool = True) -> tuple[str, Backend]:
     """The backend of the surrounding `executing` block; raises UserError for an unknown one.
 
-    Attention that is not `plain`, with an additive bias or a prefix, is always XLA's: splash takes
-    neither, and cuDNN's gradient of a bias depends on its release. T5's attention to its own row
-    is of that kind, its attention from decoder to encoder is not.
+    Attention that is not `plain` (see `is_plain`) is always XLA's.
     """
     name = execution().attention
     if name not in BACKENDS:
@@ -232,27 +230,15 @@ def chosen_backend(*, plain: bool = True) -> tuple[str, Backend]:
     return name, BACKENDS[name]
 
 
-def on_each_device(function: Callable[..., Array], layout: str, heads: int) -> Callable[..., Array]:
-    """Maps an attention kernel over the axes of the surrounding mesh that are still automatic.
+def is_plain(causal: bool, window: int | None, prefix: Array | None, bias: Array | None) -> bool:
+    """Whether flash kernels can do it: there is no bias, no prefix, and no place counts in a part.
 
-    Rows lie over `data` and `fsdp`, heads over `tensor` where it divides them; else each device of
-    that axis computes them all, as for a small generator with a single head.
+    Splash takes neither bias nor prefix, and cuDNN's gradient of a bias depends on its release.
+    T5's attention to its own row is of that kind, its attention from decoder to encoder is not.
+    Where a row lies in parts over `context`, a kernel does not know the place of its first token.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
-    if not free:
-        return function
-    rows = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
-    split = "tensor" in free and heads % mesh.shape["tensor"] == 0
-    axes = {"B": rows, "H": "tensor" if split else None}
-    spec = PartitionSpec(*(axes.get(letter) for letter in layout))
-    return jax.shard_map(
-        function,
-        in_specs=(spec, spec, spec, PartitionSpec(rows), PartitionSpec(rows)),
-        out_specs=spec,
-        axis_names=set(free),
-        check_vma=False,
-    )
+    in_parts = context_size() > 1 and (causal or window is not None)
+    return prefix is None and bias is None and not in_parts
 
 
 def attend(
@@ -271,8 +257,8 @@ def attend(
 ) -> Float[Array, "B ..."]:
     """Each token's mean of the values of its own segment, weighted by a softmax.
 
-    Arrays are in the layout of `chosen_backend(plain=bias is None and prefix is None)`; the query
-    is already scaled.
+    Arrays are in the layout of the backend that `chosen_backend` names, `plain` by `is_plain`; the
+    query is already scaled.
 
     Args:
         query: of L tokens.
@@ -290,9 +276,10 @@ def attend(
     Raises:
         UserError: dropout is asked of a backend that has none.
     """
-    name, chosen = chosen_backend(plain=bias is None and prefix is None)
+    name, chosen = chosen_backend(plain=is_plain(causal, window, prefix, bias))
     if key_segment_ids is None:
         key_segment_ids = segment_ids
+    key, value = (whole_rows(x, chosen.layout.index("L")) for x in (key, value))
     function = functools.partial(chosen.function, causal=causal, window=window)
     if not chosen.flash:
         function = functools.partial(function, prefix=prefix, bias=bias, rate=rate, keys=keys)
@@ -303,8 +290,8 @@ def attend(
             "dropout_rate) or set attention to xla"
         )
     else:
-        heads = query.shape[chosen.layout.index("H")]
-        function = on_each_device(function, chosen.layout, heads)
+        heads, length = (query.shape[chosen.layout.index(letter)] for letter in "HL")
+        function = on_each_device(function, chosen.layout, heads, length)
     context = function(query, key, value, segment_ids, key_segment_ids)
     return checkpoint_name(context, ATTENTION_CONTEXT)
 
@@ -430,7 +417,8 @@ class Attention(nnx.Module):
         Keys and values are of `source` where one is given. `score_bias` is added to the scores,
         which `scale` multiplies beforehand; for the others see `attend`.
         """
-        layout = chosen_backend(plain=score_bias is None and prefix is None)[1].layout
+        plain = is_plain(self.causal, window, prefix, score_bias)
+        layout = chosen_backend(plain=plain)[1].layout
         scale = self.scale * scale
         if source is None:
             parts = (self.query, self.key, self.value)

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 from flaxpretrain.errors import UserError
+from flaxpretrain.models.partition import over_context
 
 ATTENTION_CONTEXT = "attention_context"
 """Name under which attention's output is kept by the policies that save it."""
@@ -157,7 +158,8 @@ def scan(
     def body(x, inputs):
         state, number, more = inputs
         further = () if each is None else (more,)
-        return apply(nnx.merge(graph, state), x, fold(keys, number), *further), None
+        x = apply(nnx.merge(graph, state), over_context(x), fold(keys, number), *further)
+        return over_context(x), None
 
     if way.remat != "none":
         # Inside a scan the loop itself keeps XLA from undoing the rematerialisation.

@@ -11,7 +11,7 @@ from flax import nnx
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.names import Entry
 
-Sharding = tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...]
+Sharding = tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...] | str], ...]
 """Path regex of parameters -> mesh axis of each of their dimensions; the first match counts."""
 
 

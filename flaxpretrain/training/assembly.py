@@ -44,6 +44,8 @@ class Assembly:
     state: TrainState
     """Abstract: ShapeDtypeStructs that carry their shardings."""
     execution: Execution
+    update_shardings: PyTree[NamedSharding] | None = None
+    """Where updates are computed, if not where their parameters lie."""
 
     @property
     def compute_dtype(self) -> Any:
@@ -67,6 +69,7 @@ class Assembly:
             microbatches=phase.microbatches,
             compute_dtype=self.compute_dtype,
             execution=self.execution,
+            update_shardings=self.update_shardings,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(
@@ -109,6 +112,7 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
     model = model_of(functools.partial(run.objective.build, run.model))
     check_interface(run, model)
     check_batch(run)
+    check_context(run, mesh)
     abstract_params = model.abstract()
     optimizer = make_optimizer(
         run.optimizer, run.schedule, total_steps, abstract_params, groups=run.objective.groups
@@ -118,7 +122,9 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
     make = functools.partial(_initial_state, run, model, optimizer)
     abstract = jax.eval_shape(make)
     rules = (*run.objective.sharding, *getattr(run.model, "sharding", ()))
-    shardings = sharding.state_shardings(abstract, rules, mesh)
+    splits = run.mesh.shard_optimizer
+    shardings = sharding.state_shardings(abstract, rules, mesh, shard_optimizer=splits)
+    updates = sharding.update_shardings(abstract_params, rules, mesh, shard_optimizer=True)
     state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         abstract,
@@ -130,7 +136,7 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
         remat=run.remat,
         scan=run.scan_layers,
     )
-    return Assembly(run, mesh, model, optimizer, state, execution)
+    return Assembly(run, mesh, model, optimizer, state, execution, updates if splits else None)
 
 
 def attention_backend(run: Run, platform: str) -> str:
@@ -178,6 +184,18 @@ def check_batch(run: Run) -> None:
             f"{type(run.data.layout).__name__} does not make: use SentencePairs() for pairs of "
             "sentences"
         )
+
+
+def check_context(run: Run, mesh: Mesh) -> None:
+    """Raises UserError when rows cannot be cut into equal parts over the mesh's `context`."""
+    parts = mesh.shape.get("context", 1)
+    for length in {phase.length for phase in run.phases} if parts > 1 else ():
+        for name, (shape, _) in framing_of(run, stand_in_vocabulary(run), length).spec(1).items():
+            if name.endswith("segment_ids") and shape[1] % parts:
+                raise UserError(
+                    f"{name} of {shape[1]} positions are not divisible by mesh context = {parts}: "
+                    "change the mesh, the phase's length or objective.target_length"
+                )
 
 
 def _initial_state(run: Run, model: Model, optimizer: Any) -> TrainState:

@@ -71,7 +71,7 @@ def train(
         item.run(run, workdir)
     dataset = open_run_dataset(run, workdir)
     keep_tokenizer(dataset, workdir, write=first_process)
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = sharding.mesh_of(run.mesh)
     with jax.set_mesh(mesh):
         run = resolve_seconds(run, workdir, dataset, mesh)
         phases = resolve_phases(run, dataset)

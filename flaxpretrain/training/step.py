@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, Shaped
 
@@ -69,6 +69,28 @@ def combine(objective: Objective, sums: Sums, weights: Mapping[str, Array]) -> A
     return jnp.sum(jnp.stack(terms))
 
 
+def spec_of(sharding: NamedSharding) -> P:
+    """The spec of a sharding."""
+    return sharding.spec
+
+
+def reduced(
+    grads_and_sums: tuple[PyTree, Sums], update_shardings: PyTree[NamedSharding] | None
+) -> tuple[PyTree, Sums]:
+    """Sums over `data` inside a `shard_map`: of gradients, the slice that this device updates."""
+    if update_shardings is None:
+        return jax.lax.psum(grads_and_sums, "data")
+    grads, sums = grads_and_sums
+
+    def slice_of_sum(grad: Array, sharding: NamedSharding) -> Array:
+        split = [i for i, axes in enumerate(sharding.spec) if axes is not None and "data" in axes]
+        if not split:
+            return jax.lax.psum(grad, "data")
+        return jax.lax.psum_scatter(grad, "data", scatter_dimension=split[0], tiled=True)
+
+    return jax.tree.map(slice_of_sum, grads, update_shardings), jax.lax.psum(sums, "data")
+
+
 def make_train_step(
     objective: Objective,
     model: Model,
@@ -78,9 +100,15 @@ def make_train_step(
     microbatches: int = 1,
     compute_dtype: Any = jnp.float32,
     execution: Execution = DEFAULT_EXECUTION,
+    update_shardings: PyTree[NamedSharding] | None = None,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, StepMetrics]]:
-    """`train_step(state, batch)`, to be jitted with the state donated."""
+    """`train_step(state, batch)`, to be jitted with the state donated.
+
+    With `update_shardings` each parameter's update is computed in these slices, and gathered after;
+    None where the update lies as the parameter does.
+    """
     data_parallel_only = mesh.shape["data"] == mesh.size
+    specs: PyTree = P() if update_shardings is None else jax.tree.map(spec_of, update_shardings)
 
     def local_sums(params: PyTree, batch: Arrays, key: Array, weights: Mapping[str, Array]):
         def scaled_loss(params: PyTree, micro: Arrays) -> tuple[Array, Sums]:
@@ -111,20 +139,26 @@ def make_train_step(
         if not data_parallel_only:
             return local_sums(*arguments)
         return jax.shard_map(
-            lambda *local: jax.lax.psum(local_sums(*local), "data"),
+            lambda *local: reduced(local_sums(*local), update_shardings),
             mesh=mesh,
             in_specs=(P(), P("data"), P(), P()),
-            out_specs=P(),
-            check_vma=False,  # gradients stay unreduced on purpose until the one psum
+            out_specs=(specs, P()),
+            check_vma=False,  # gradients stay unreduced on purpose until the one sum
         )(*arguments)
+
+    def sliced(tree: PyTree) -> PyTree:
+        if update_shardings is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, update_shardings)
 
     def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         weights = objective.weights(batch)
         grads, sums = reduced_sums(state.params, batch, key, weights)
         loss = combine(objective, sums, weights)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
-        params = optax.apply_updates(state.params, updates)
+        grads, old = sliced(grads), sliced(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, old, value=loss)
+        params = optax.apply_updates(old, updates)
         figures = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),

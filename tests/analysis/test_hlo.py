@@ -62,6 +62,39 @@ def test_products_inside_fusions_and_loops_count_two_flops_a_multiply_add(sums):
     assert sums.flops == 12 * 2 * 8 * 4 * 16
 
 
+def test_bytes_of_hbm_count_operands_and_results_but_not_what_stays_on_the_chip(sums):
+    fusion = 2 * (8 * 4 + 4 * 16 + 8 * 16)
+    reduced = 2 * (2 * 8 * 4) + 4  # the array of the result is on the chip, a number is not
+    gathered = scattered = 4 * (2 * 4 + 8 * 4)
+    copied = 4 * (8 * 4 + 2 * 8)
+    assert sums.hbm_bytes == 12 * fusion + reduced + gathered + scattered + copied
+
+
+SLICES = """HloModule jit_f
+
+%fused (stack: f32[12,8], kept: f32[12,8], number: s32[]) -> f32[12,8] {
+  %stack = f32[12,8]{1,0} parameter(0)
+  %kept = f32[12,8]{1,0} parameter(1)
+  %number = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %one = f32[1,8]{1,0} dynamic-slice(%stack, %number, %zero), dynamic_slice_sizes={1,8}
+  ROOT %all = f32[12,8]{1,0} dynamic-update-slice(%kept, %one, %number, %zero)
+}
+
+ENTRY %main (a: f32[12,8], b: f32[12,8], n: s32[]) -> f32[12,8] {
+  %a = f32[12,8]{1,0} parameter(0)
+  %b = f32[12,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %f = f32[12,8]{1,0} fusion(%a, %b, %n), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_of_a_stack_only_the_slice_that_is_read_or_written_counts():
+    # A row is read, a row is written, and the number of the row is read.
+    assert hlo.totals(hlo.parse(SLICES)).hbm_bytes == 8 * 4 + 8 * 4 + 4
+
+
 def test_collectives_count_the_full_array_of_a_device(sums):
     assert dict(sums.collective_counts) == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 1}
     assert dict(sums.collective_bytes) == {

@@ -187,8 +187,10 @@ def test_what_flash_kernels_lack_is_computed_by_xla():
         np.testing.assert_array_equal(other, plain)
 
 
-@pytest.mark.parametrize("heads", [1, 4])
-def test_kernels_on_each_device_whether_or_not_the_mesh_divides_the_heads(heads):
+@pytest.mark.parametrize(
+    ("heads", "fsdp", "context"), [(1, 2, 1), (4, 2, 1), (4, 1, 2)], ids=["one", "four", "context"]
+)
+def test_kernels_on_each_device_whether_or_not_the_mesh_divides_the_heads(heads, fsdp, context):
     query, key, value, segments, toward = qkv(8, size=4, heads=heads, rows=4)
 
     def along(function):
@@ -197,10 +199,18 @@ def test_kernels_on_each_device_whether_or_not_the_mesh_divides_the_heads(heads)
 
         return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2)))(query, key, value)
 
-    with jax.set_mesh(make_mesh(2, 2, 2)):
-        mapped = along(attention.on_each_device(xla_attention, "BHLK", heads))
+    with jax.set_mesh(make_mesh(2, fsdp, 2, context=context)):
+        mapped = along(attention.on_each_device(xla_attention, "BHLK", heads, 8))
     for mine, reference in zip(*map(jax.tree.leaves, (mapped, along(xla_attention))), strict=True):
         np.testing.assert_allclose(mine, reference, rtol=0, atol=FLASH_FLOAT32)
+
+
+def test_a_kernel_that_counts_places_is_not_given_a_part_of_a_row():
+    with jax.set_mesh(make_mesh(4, context=2)):
+        assert not attention.is_plain(True, None, None, None)
+        assert not attention.is_plain(False, 4, None, None)
+        assert attention.is_plain(False, None, None, None)
+    assert attention.is_plain(True, 4, None, None)
 
 
 def test_flash_kernels_refuse_dropout_and_say_what_to_change():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flaxpretrain.analysis.pods import pod_of, source_hash
+from flaxpretrain.analysis.pods import ONE_A_FAMILY, pod_of, slices_of, source_hash
 from flaxpretrain.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,8 +20,17 @@ def test_a_recipe_s_entry_is_of_its_present_code_and_fits(path):
     assert path.stem in record, f"{path.stem} was not compiled yet: {again}"
     entry = record[path.stem]
     assert entry["source_hash"] == source_hash(path), f"{path.stem} has changed: {again}"
-    for phase in entry["phases"]:
-        assert phase["fits"] and phase["topology"] == pod_of(path)
+    assert all(phase["fits"] for phase in entry["phases"])
+    assert {phase["topology"] for phase in entry["phases"]} == set(slices_of(path))
+
+
+def test_one_recipe_a_family_is_compiled_for_every_generation():
+    from flaxpretrain.analysis.topology import GENERATIONS
+
+    recipes = {path.stem: path for path in RECIPES}
+    for name in ONE_A_FAMILY:
+        slices = slices_of(recipes[name])
+        assert {topology.partition(":")[0] for topology in slices} == set(GENERATIONS)
 
 
 def test_the_record_names_no_recipe_that_is_gone():

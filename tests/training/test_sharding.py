@@ -50,8 +50,9 @@ def abstract(optimizer_value=None) -> TrainState:
     return jax.eval_shape(lambda: toy_state(optimizer))
 
 
-def specs(state: TrainState, rules=RULES, sizes=(2, 2, 2)) -> dict[str, P]:
-    shardings = state_shardings(state, rules, make_mesh(*sizes))
+def specs(state: TrainState, rules=RULES, sizes=(2, 2, 2), shard_optimizer=False) -> dict[str, P]:
+    mesh = make_mesh(*sizes)
+    shardings = state_shardings(state, rules, mesh, shard_optimizer=shard_optimizer)
     return {name: s.spec for name, s in named_leaves(shardings).items()}
 
 
@@ -73,6 +74,10 @@ def test_one_device_is_a_mesh_too():
     assert make_mesh(devices=jax.devices()[:1]).shape == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
+def test_context_may_be_the_rest_and_is_there_only_where_it_is_asked_for():
+    assert make_mesh(2, context=-1).shape == {"data": 2, "fsdp": 1, "context": 4, "tensor": 1}
+
+
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (16, 1, 1), (0, 1, 8)])
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     with pytest.raises(UserError, match="does not fit 8 devices"):
@@ -84,8 +89,8 @@ def test_on_two_tpu_slices_only_data_crosses_them(monkeypatch):
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2)
-    mesh = make_mesh(-1, 4, 2, topology.devices)
-    assert tuple(mesh.shape.values()) == (4, 4, 2)
+    mesh = make_mesh(-1, 4, 1, topology.devices, context=2)
+    assert tuple(mesh.shape.values()) == (4, 4, 2, 1)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
     with pytest.raises(UserError, match="mesh.data is 1, which is not divisible by the 2"):
@@ -143,7 +148,8 @@ def test_without_rules_the_largest_divisible_dimension_is_split_but_never_the_la
     [
         (RULES[1:], (2, 2, 2), "parameter embeddings/table (32, 8) is claimed by no sharding rule"),
         ((("table$", (None,)), *RULES), (2, 2, 2), "names 1 dimensions, but embeddings/table has"),
-        (RULES, (1, 1, 8), "layers/attention/out/kernel (3, 2, 4, 8): dimension 1 of size 2"),
+        (RULES, (1, 1, 8), "kernel (3, 2, 4, 8): its 2 heads are not divisible by mesh tensor = 8"),
+        ((("table$", "everywhere"), *RULES), (2, 2, 2), "each dimension, or 'replicated'; got"),
         ((("table$", ("model", None)), *RULES), (2, 2, 2), "no mesh axis 'model'; known: data"),
     ],
 )
@@ -158,6 +164,30 @@ def test_a_large_replicated_tensor_is_an_error_where_the_mesh_could_split_it():
     with pytest.raises(UserError, match=r"params/table .*16 MiB\) would be replicated"):
         specs(state, rules=(), sizes=(2, 2, 2))
     specs(state, rules=(), sizes=(8, 1, 1))  # nothing could be split there
+    assert specs(state, rules=(("table", "replicated"),))["params/table"] == P()  # meant
+
+
+def test_a_large_replicated_leaf_of_a_sharded_optimizer_is_an_error():
+    table = {"table": jax.ShapeDtypeStruct((4099, 1031), jnp.float32)}
+    state = TrainState(jnp.int32(0), table, {"mu": table}, jax.random.key(0))
+    sizes = {"rules": (("table", (None, None)),), "sizes": (8, 1, 1)}
+    specs(state, **sizes)
+    with pytest.raises(UserError, match=r"opt_state/mu/table .* would be replicated"):
+        specs(state, **sizes, shard_optimizer=True)
+
+
+def test_a_sharded_optimizer_lies_over_data_too_and_the_parameters_stay():
+    found = specs(abstract(), sizes=(4, 2, 1), shard_optimizer=True)
+    plain = specs(abstract(), sizes=(4, 2, 1))
+    assert {n: s for n, s in found.items() if n.startswith("params/")} == {
+        n: s for n, s in plain.items() if n.startswith("params/")
+    }
+    moments = {n.split("mu/")[1]: s for n, s in found.items() if "/mu/" in n}
+    # The largest part that is left, but never the layers' axis; vectors stay whole.
+    assert moments["layers/feed/kernel"] == P(None, "fsdp", ("tensor", "data"))
+    assert moments["embeddings/table"] == P(("tensor", "data"), "fsdp")
+    assert moments["layers/norm/scale"] == P(None, None)
+    assert moments["layers/attention/query/kernel"] == P(None, ("fsdp", "data"), "tensor")
 
 
 # Rows.

@@ -18,12 +18,15 @@ from tests.tolerances import FLOAT32_REORDERED
 LENGTH, ROWS = 32, 16
 
 
-def one_step(mesh=(1, 1, 1), microbatches=1, rows=ROWS, **changes):
+ONE = Mesh(data=1)
+
+
+def one_step(mesh=ONE, microbatches=1, rows=ROWS, **changes):
     """Parameters and metrics after two steps of the toy run on a mesh."""
     phase = Phase(steps=10, length=LENGTH, batch_size=rows, microbatches=microbatches)
-    run = toys.run(phases=(phase,), mesh=Mesh(*[]), **changes)
-    devices = jax.devices()[: int(np.prod(mesh))]
-    device_mesh = sharding.make_mesh(*mesh, devices=devices)
+    run = toys.run(phases=(phase,), mesh=mesh, **changes)
+    count = mesh.data * mesh.fsdp * mesh.tensor * mesh.context
+    device_mesh = sharding.mesh_of(mesh, jax.devices()[:count])
     with jax.set_mesh(device_mesh):
         assembly = assemble(run, device_mesh, 10)
         step, state = assembly.train_step(phase), assembly.initial_state()
@@ -45,12 +48,27 @@ def assert_same(one, other):
         np.testing.assert_allclose(a, b, rtol=FLOAT32_REORDERED, atol=FLOAT32_REORDERED)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+MESHES = {
+    "data": Mesh(data=8),
+    "fsdp": Mesh(data=1, fsdp=8),
+    "three axes": Mesh(data=2, fsdp=2, tensor=2),
+    "tensor": Mesh(data=1, fsdp=2, tensor=4),
+    "context": Mesh(data=1, context=8),
+    "all axes": Mesh(data=1, fsdp=2, tensor=2, context=2),
+    "data, optimizer sharded": Mesh(data=8, shard_optimizer=True),
+    "all but context, optimizer sharded": Mesh(data=2, fsdp=2, tensor=2, shard_optimizer=True),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_eight_devices_equal_one(mesh):
     assert_same(one_step(mesh), reference())
 
 
-@pytest.mark.parametrize(("microbatches", "mesh"), [(4, (1, 1, 1)), (2, (2, 2, 2)), (2, (8, 1, 1))])
+@pytest.mark.parametrize(
+    ("microbatches", "mesh"),
+    [(4, ONE), (2, MESHES["three axes"]), (2, MESHES["data"]), (2, MESHES["context"])],
+)
 def test_microbatches_equal_the_whole_batch_with_dropout_on(microbatches, mesh):
     assert_same(one_step(mesh, microbatches), reference())
 

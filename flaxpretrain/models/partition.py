@@ -1,0 +1,69 @@
+"""Where activations lie on the surrounding mesh, as far as that is not left to the partitioner.
+
+Models know the names of mesh axes and nothing else of the mesh: rows lie over `data` and `fsdp`,
+heads over `tensor`, the tokens of a row over `context`.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+CONTEXT = "context"
+"""The mesh axis over which the tokens of a row lie."""
+
+
+def context_size() -> int:
+    """Into how many parts the surrounding mesh cuts the tokens of a row."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if CONTEXT in mesh.manual_axes else mesh.shape.get(CONTEXT, 1)
+
+
+def over_context(x: Array, axis: int = 1) -> Array:
+    """`x` with this axis, of tokens, over the mesh's `context`, where it divides them.
+
+    Other axes lie as the partitioner likes.
+    """
+    return _placed(x, axis, CONTEXT) if x.shape[axis] % context_size() == 0 else x
+
+
+def whole_rows(x: Array, axis: int) -> Array:
+    """`x` with all tokens, along this axis, on every device of the mesh's `context`."""
+    return _placed(x, axis, None)
+
+
+def _placed(x: Array, axis: int, over: str | None) -> Array:
+    if context_size() == 1:
+        return x
+    free = PartitionSpec.UNCONSTRAINED
+    spec = PartitionSpec(*(over if i == axis else free for i in range(x.ndim)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def on_each_device(
+    function: Callable[..., Array], layout: str, heads: int, length: int
+) -> Callable[..., Array]:
+    """Maps an attention kernel over the axes of the surrounding mesh that are still automatic.
+
+    Rows lie over `data` and `fsdp`, heads over `tensor` where it divides them; else each device of
+    that axis computes them all, as for a small generator with a single head. Queries lie over
+    `context`, keys and values are gathered there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+    if not free:
+        return function
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
+    split = "tensor" in free and heads % mesh.shape["tensor"] == 0
+    axes = {"B": rows, "H": "tensor" if split else None}
+    tokens = CONTEXT if context_size() > 1 and length % context_size() == 0 else None
+    key = PartitionSpec(*(axes.get(letter) for letter in layout))
+    query = PartitionSpec(*((axes | {"L": tokens}).get(letter) for letter in layout))
+    return jax.shard_map(
+        function,
+        in_specs=(query, key, key, PartitionSpec(rows, tokens), PartitionSpec(rows)),
+        out_specs=query,
+        axis_names=set(free),
+        check_vma=False,
+    )
