@@ -15,6 +15,7 @@ because the flash kernels have none, and there is no next-sentence term here.
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.masking import TokenMasking
 from flaxpretrain.data.rows import Blocks
+from flaxpretrain.hardware import HardwareRule
 from flaxpretrain.models.bert import BertConfig
 from flaxpretrain.objectives.masked_lm import MaskedLM
 from flaxpretrain.training.evaluate import FixedNoise
@@ -24,6 +25,15 @@ from flaxpretrain.training.schedules import WarmupLinear
 
 POD = "v5e:4x4"
 """The TPU slice that tools/compile_all.py compiles this recipe for."""
+
+HARDWARE = (
+    HardwareRule("TPU v5 ?(lite|e)", {"remat": "none"}, tokens_per_device=8_192),
+    HardwareRule("TPU v6 ?(lite|e)", {"remat": "none"}, tokens_per_device=16_384),
+    HardwareRule("TPU v5p?$", {"remat": "none"}, tokens_per_device=65_536),
+    HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=32_768),
+    HardwareRule("A100", {"remat": "none"}, tokens_per_device=16_384),
+)
+"""What a device has memory for; no remat where that leaves enough rows at once."""
 
 
 def recipe() -> Run:
@@ -40,6 +50,7 @@ def recipe() -> Run:
             Phase(steps=100_000, length=512, batch_size=256),
         ),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=256, max_rows=16_384),),
         checkpoints=Checkpoints(

@@ -15,6 +15,7 @@ flash kernels have none.
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.masking import TokenMasking
 from flaxpretrain.data.rows import Blocks
+from flaxpretrain.hardware import HardwareRule
 from flaxpretrain.models.bert import BertConfig
 from flaxpretrain.objectives.masked_lm import MaskedLM
 from flaxpretrain.training.evaluate import FixedNoise
@@ -27,6 +28,15 @@ FIRST, SECOND = 7_038, 1_563
 
 POD = "v5e:16x16"
 """The TPU slice that tools/compile_all.py compiles this recipe for."""
+
+HARDWARE = (
+    HardwareRule("TPU v5 ?(lite|e)", {"remat": "dots"}, tokens_per_device=8_192),
+    HardwareRule("TPU v6 ?(lite|e)", {"remat": "none"}, tokens_per_device=8_192),
+    HardwareRule("TPU v5p?$", {"remat": "none"}, tokens_per_device=32_768),
+    HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=16_384),
+    HardwareRule("A100", {"remat": "dots"}, tokens_per_device=8_192),
+)
+"""What a device has memory for; no remat where that leaves enough rows at once."""
 
 
 def recipe() -> Run:
@@ -54,6 +64,7 @@ def recipe() -> Run:
             Phase(steps=SECOND, length=512, batch_size=32_768, microbatches=8),
         ),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=500, batch_size=1024, max_rows=16_384),),
         checkpoints=Checkpoints(

@@ -14,6 +14,7 @@ for base in configure_pretraining.py, which is commented out there, and the pape
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.masking import TokenMasking
 from flaxpretrain.data.rows import Documents
+from flaxpretrain.hardware import HardwareRule
 from flaxpretrain.models.electra import ElectraConfig
 from flaxpretrain.objectives.generators import Scaled
 from flaxpretrain.objectives.replaced_tokens import ReplacedTokens
@@ -23,6 +24,15 @@ from flaxpretrain.training.optimizers import AdamW
 from flaxpretrain.training.schedules import WarmupTimesDecay
 
 POD = "v5e:4x4"
+
+HARDWARE = (
+    HardwareRule("TPU v5 ?(lite|e)", {"remat": "none"}, tokens_per_device=8_192),
+    HardwareRule("TPU v6 ?(lite|e)", {"remat": "none"}, tokens_per_device=16_384),
+    HardwareRule("TPU v5p?$", {"remat": "none"}, tokens_per_device=32_768),
+    HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=32_768),
+    HardwareRule("A100", {"remat": "none"}, tokens_per_device=8_192),
+)
+"""What a device has memory for; no remat where that leaves enough rows at once."""
 
 
 def recipe() -> Run:
@@ -45,6 +55,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=766_000, length=512, batch_size=256),),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=256, max_rows=12_800),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),

@@ -17,6 +17,7 @@ chip would take 6 GB.
 
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.rows import Documents
+from flaxpretrain.hardware import HardwareRule
 from flaxpretrain.models.gpt2 import GPT2Config
 from flaxpretrain.objectives.causal_lm import CausalLM
 from flaxpretrain.training.evaluate import FixedNoise
@@ -26,6 +27,15 @@ from flaxpretrain.training.schedules import Cosine
 
 POD = "v5e:4x4"
 """The TPU slice that tools/compile_all.py compiles this recipe for."""
+
+HARDWARE = (
+    HardwareRule("TPU v5 ?(lite|e)", {"remat": "dots"}, tokens_per_device=30_720),
+    HardwareRule("TPU v6 ?(lite|e)", {"remat": "none"}, tokens_per_device=30_720),
+    HardwareRule("TPU v5p?$", {"remat": "none"}, tokens_per_device=61_440),
+    HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=61_440),
+    HardwareRule("A100", {"remat": "none"}, tokens_per_device=30_720),
+)
+"""What a device has memory for; no remat where that leaves enough rows at once."""
 
 
 def recipe() -> Run:
@@ -39,6 +49,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=600_000, length=1_024, batch_size=480),),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=2_000, batch_size=256, max_rows=8_192),),
         checkpoints=Checkpoints(

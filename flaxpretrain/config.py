@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import HardwareRule, rule_for
 from flaxpretrain.overrides import coerce, nearest
+from flaxpretrain.rendering import flatten, parse, render
 
 __all__ = [
     "Checkpoints",
@@ -30,6 +30,7 @@ __all__ = [
     "Seeds",
     "dataset_folder",
     "differences",
+    "flatten",
     "load",
     "load_recipe",
     "on_hardware",
@@ -137,6 +138,12 @@ class Mesh:
             "mesh sizes (data, fsdp, tensor, context) must be positive, at most one of them -1; "
             f"got {sizes}",
         )
+
+    def groups(self, devices: int) -> int:
+        """Into how many parts so many devices cut the rows of a batch."""
+        if -1 in (self.data, self.fsdp):
+            return max(devices // (abs(self.tensor) * abs(self.context)), 1)
+        return self.data * self.fsdp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,26 +291,42 @@ def load_recipe(path: str | Path) -> Run:
 
 
 def load(
-    path: str | Path, overrides: Sequence[str] = (), devices: Sequence[Any] | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    devices: Sequence[Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> Run:
     """The recipe at `path` with overrides such as `model.hidden_size=64` applied in order.
 
-    Where the devices are known that it will run on, its hardware rule for them comes first, so that
-    an override wins over the rule.
+    Where the devices are known that it will run on, its hardware rule for them applies; what is
+    overridden, and a given mesh, win over the rule.
     """
-    run = load_recipe(path)
-    rules = [text for text in overrides if text.startswith("hardware.")]
-    if devices is not None:
-        run = on_hardware(overridden(run, rules), devices)
-    return overridden(run, overrides)
+
+    def changed(run: Run) -> Run:
+        run = overridden(run, overrides)
+        return run if mesh is None else dataclasses.replace(run, mesh=mesh)
+
+    run = changed(load_recipe(path))
+    return run if devices is None else changed(on_hardware(run, devices))
 
 
 def on_hardware(run: Run, devices: Sequence[Any]) -> Run:
     """The run with the settings of the first hardware rule that fits these devices, if any does."""
     rule = rule_for(run.hardware, devices[0].device_kind, len(devices))
-    for name, value in rule.settings.items() if rule is not None else ():
+    if rule is None:
+        return run
+    for name, value in rule.settings.items():
         run = override(run, name, value)
-    return run
+    if rule.tokens_per_device is None:
+        return run
+    groups = run.mesh.groups(len(devices))
+
+    def split(phase: Phase) -> Phase:
+        parts = rule.microbatches(max(phase.batch_size // groups, 1), phase.length)
+        fits = phase.batch_size % (parts * groups) == 0  # else the step says what is wrong
+        return dataclasses.replace(phase, microbatches=parts) if fits else phase
+
+    return dataclasses.replace(run, phases=tuple(split(phase) for phase in run.phases))
 
 
 def overridden(run: Run, overrides: Sequence[str]) -> Run:
@@ -369,76 +392,6 @@ def _replaced(owner: Any, path: list[str], value: Any, full: str) -> Any:
         new = _replaced(owner[head], rest, value, full) if rest else type(owner[head])(value)
         return {**owner, head: new}
     raise UserError(f"--set {full}: {'.'.join(path)} leads nowhere: {owner!r} has no fields")
-
-
-def render(value: Any) -> Any:
-    """A value as JSON data; dataclasses carry the path of their class, so `parse` can rebuild."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        cls = type(value)
-        fields = {
-            f.name: render(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
-        }
-        return {"class": f"{cls.__module__}.{cls.__qualname__}", **fields}
-    if isinstance(value, Mapping):
-        return {str(k): render(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [render(v) for v in value]
-    if isinstance(value, (str, Path)):
-        # A home folder is private; the same path can still be found from "~".
-        text, home = str(value), os.path.expanduser("~")
-        return "~" + text[len(home) :] if text.startswith(home + "/") else text
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    raise UserError(
-        f"{type(value).__name__} cannot be written to config.json: recipes are made of frozen "
-        "dataclasses, numbers, text, tuples and dictionaries"
-    )
-
-
-def parse(data: Any) -> Any:
-    """The value that `render` wrote.
-
-    Raises:
-        UserError: a class that cannot be imported or is no dataclass, or fields it does not have.
-    """
-    if isinstance(data, list):
-        return tuple(parse(v) for v in data)
-    if not isinstance(data, Mapping):
-        return data
-    if "class" not in data:
-        return {k: parse(v) for k, v in data.items()}
-    path = data["class"]
-    module_name, _, name = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"config.json names the class {path}, which cannot be imported ({error}): pass the "
-            "recipe with --recipe, or put the folder of its file on PYTHONPATH"
-        ) from error
-    # A folder from elsewhere must not make us call an arbitrary function.
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise UserError(f"config.json names {path}, which is not a dataclass")
-    fields = {k: parse(v) for k, v in data.items() if k != "class"}
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    for field in fields:
-        if field not in known:
-            raise UserError(f"config.json: {path} has no field {field!r}{nearest(field, known)}")
-    return cls(**fields)
-
-
-def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Rendered data as one level: dotted path -> leaf."""
-    if isinstance(data, Mapping):
-        items: list[tuple[str, Any]] = [(str(k), v) for k, v in data.items()]
-    elif isinstance(data, list):
-        items = [(str(i), v) for i, v in enumerate(data)]
-    else:
-        return {prefix: data}
-    flat: dict[str, Any] = {} if items else {prefix: None}
-    for key, value in items:
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
 
 
 MAY_CHANGE = (

@@ -72,12 +72,15 @@ class HardwareRule:
 
     kind: regex that occurs in `jax.Device.device_kind`, case ignored: `TPU v5 lite`, `H100`.
     settings: field -> value, named as for --set.
+    tokens_per_device: how many positions of a microbatch a device has memory for; each phase is
+        then split into as few microbatches as that takes.
     devices: how many there must be, from the fewest to the most; None for no limit.
     """
 
     kind: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _: dataclasses.KW_ONLY
+    tokens_per_device: int | None = None
     devices: tuple[int, int | None] = (1, None)
 
     def __post_init__(self) -> None:
@@ -88,6 +91,8 @@ class HardwareRule:
             raise UserError(
                 f"hardware.kind {self.kind!r} is no regular expression: {error}"
             ) from error
+        if self.tokens_per_device is not None and self.tokens_per_device < 1:
+            raise UserError(f"hardware rule {self.kind!r}: tokens_per_device must be positive")
         for name in self.settings:
             if not _RULED.fullmatch(name):
                 raise UserError(
@@ -104,8 +109,21 @@ class HardwareRule:
 
     def __str__(self) -> str:
         """As in `hardware rule 'H100': remat = none`."""
-        values = ", ".join(f"{name} = {value}" for name, value in self.settings.items())
-        return f"hardware rule {self.kind!r}: {values}"
+        values = [f"{name} = {value}" for name, value in self.settings.items()]
+        if self.tokens_per_device is not None:
+            values.append(f"at most {self.tokens_per_device:,} tokens a device at once")
+        return f"hardware rule {self.kind!r}: {', '.join(values)}"
+
+    def microbatches(self, rows: int, length: int) -> int:
+        """Into how many parts a device's rows of a step go; as many as rows where none is small.
+
+        Raises:
+            ValueError: the rule says nothing about it.
+        """
+        if self.tokens_per_device is None:
+            raise ValueError("no tokens_per_device")
+        parts = (n for n in range(1, rows + 1) if rows % n == 0)
+        return next((n for n in parts if rows // n * length <= self.tokens_per_device), rows)
 
 
 def rule_for(rules: Sequence[HardwareRule], device_kind: str, devices: int) -> HardwareRule | None:

@@ -136,6 +136,23 @@ def test_a_recipe_s_rule_for_the_devices_applies_and_an_override_wins(tmp_path):
     assert differences(render(load(path)), render(run)) == []
 
 
+def test_a_rule_by_tokens_splits_the_batch_that_is_asked_for_on_the_mesh_that_is(tmp_path):
+    path = tmp_path / "ruled.py"
+    rule = HARDWARE_RECIPE.replace('{"remat": "dots", "microbatches": 2}', "tokens_per_device=64")
+    path.write_text(rule)
+    devices = jax.devices()
+
+    def microbatches(*overrides):
+        return load(path, overrides, devices).phases[0].microbatches
+
+    # Rows of 32: two at once fit a device.
+    assert [microbatches(f"batch_size={rows}") for rows in (8, 16, 64)] == [1, 1, 4]
+    assert microbatches("batch_size=64", "mesh.tensor=2") == 8
+    assert microbatches("batch_size=64", "mesh.data=2", "mesh.tensor=4") == 16
+    assert microbatches("batch_size=64", "microbatches=2") == 2
+    assert microbatches("batch_size=12") == 1  # refused later, by the step
+
+
 def test_a_rule_with_a_value_that_cannot_be_is_refused(tmp_path):
     path = tmp_path / "ruled.py"
     path.write_text(HARDWARE_RECIPE.replace('"microbatches": 2', '"mesh.rows": 2'))

@@ -74,6 +74,16 @@ def test_the_first_rule_that_fits_kind_and_number_counts(device_kind, devices, i
 
 def test_a_rule_is_shown_with_what_it_sets():
     assert str(RULES[1]) == "hardware rule 'TPU v5 lite': remat = dots, microbatches = 4"
+    limited = HardwareRule("H100", tokens_per_device=8192)
+    assert str(limited) == "hardware rule 'H100': at most 8,192 tokens a device at once"
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "parts"),
+    [(16, 512, 1), (17, 512, 17), (64, 512, 4), (64, 128, 1), (30, 1024, 5), (8, 16_384, 8)],
+)
+def test_rows_go_in_as_few_parts_as_memory_allows(rows, length, parts):
+    assert HardwareRule("H100", tokens_per_device=8192).microbatches(rows, length) == parts
 
 
 @pytest.mark.parametrize(

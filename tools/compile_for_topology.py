@@ -115,10 +115,8 @@ def add_search(parser: program.Parser) -> None:
     group.add_argument("--best", type=int, default=5, help="how many to print")
 
 
-def with_mesh(run: Run, text: str | None) -> Run:
-    """The run on the mesh that --mesh names; axes that it leaves out are 1, `data` the rest."""
-    if not text:
-        return run
+def mesh_of(text: str) -> Mesh:
+    """The mesh that --mesh names; axes that it leaves out are 1, `data` the rest."""
     named: dict[str, Any] = {}
     for part in text.split(","):
         axis, equals, size = part.partition("=")
@@ -132,7 +130,7 @@ def with_mesh(run: Run, text: str | None) -> Run:
         if axis not in known:
             raise UserError(f"--mesh {text}: no field {axis!r}{nearest(axis, known)}")
         named[axis] = coerce(mesh, axis, size, f"--mesh {text}")
-    return dataclasses.replace(run, mesh=dataclasses.replace(mesh, **named))
+    return dataclasses.replace(mesh, **named)
 
 
 def main(argv: list[str]) -> int:
@@ -142,7 +140,8 @@ def main(argv: list[str]) -> int:
     if arguments.slices < 1:
         raise UserError(f"--slices {arguments.slices}: expected 1 or more")
     devices = devices_of(arguments.topology, arguments.slices)
-    run = with_mesh(load(arguments.recipe, arguments.overrides, devices), arguments.mesh)
+    mesh = mesh_of(arguments.mesh) if arguments.mesh else None
+    run = load(arguments.recipe, arguments.overrides, devices, mesh)
     numbers = list(range(len(run.phases))) if arguments.phase is None else [arguments.phase]
     if arguments.phase is not None and not 0 <= arguments.phase < len(run.phases):
         raise UserError(
@@ -179,7 +178,7 @@ def search_and_print(run: Run, phase: int, arguments: Any, console: Console) -> 
     meshes = default_meshes(slices)
     if arguments.mesh or arguments.meshes:
         texts = (arguments.meshes or arguments.mesh).split(";")
-        meshes = [with_mesh(run, text).mesh for text in texts]
+        meshes = [mesh_of(text) for text in texts]
     candidates = grid(sizes, arguments.remats.split(","), meshes)
     name = f"{run.name}-{topology.replace(':', '-')}" + (f"-x{slices}" if slices > 1 else "")
     path = arguments.record or Path("runs") / "search" / f"{name}.jsonl"

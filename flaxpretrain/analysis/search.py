@@ -239,6 +239,7 @@ def command(found: Found, recipe: str, overrides: Sequence[str], run: Run, phase
         f"mesh.shard_optimizer={str(found.candidate.mesh.shard_optimizer).lower()}",
         f"remat={found.candidate.remat}",
         f"{prefix}batch_size={found.candidate.batch_size}",
+        f"{prefix}microbatches={run.phases[phase].microbatches}",
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
     return "python run_pretraining.py " + shlex.join([recipe, *flags])

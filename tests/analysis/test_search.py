@@ -115,7 +115,8 @@ def test_the_command_sets_what_was_compiled(compiled, tmp_path):
     assert line == (
         "python run_pretraining.py configs/mine.py --set length=64 --set mesh.data=4 "
         "--set mesh.fsdp=1 --set mesh.context=1 --set mesh.tensor=1 "
-        "--set mesh.shard_optimizer=false --set remat=full --set batch_size=16"
+        "--set mesh.shard_optimizer=false --set remat=full --set batch_size=16 "
+        "--set microbatches=1"
     )
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from flaxpretrain.config import Mesh
 from flaxpretrain.errors import UserError
-from tests import toys
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 RECIPE = str(CONFIGS / "bert_tiny.py")
@@ -66,10 +65,9 @@ def test_a_search_prints_commands_keeps_what_it_found_and_goes_on(tool, capsys, 
 
 
 def test_the_mesh_is_read(tool):
-    run = tool("compile_for_topology").with_mesh(toys.run(), "data=4, tensor=2")
-    assert run.mesh == Mesh(data=4, fsdp=1, tensor=2)
-    run = tool("compile_for_topology").with_mesh(run, "fsdp=-1,shard_optimizer=true")
-    assert run.mesh == Mesh(data=1, fsdp=-1, shard_optimizer=True)
+    mesh_of = tool("compile_for_topology").mesh_of
+    assert mesh_of("data=4, tensor=2") == Mesh(data=4, fsdp=1, tensor=2)
+    assert mesh_of("fsdp=-1,shard_optimizer=true") == Mesh(data=1, fsdp=-1, shard_optimizer=True)
 
 
 @pytest.mark.parametrize(
