@@ -200,7 +200,7 @@ def update_shardings(
 ) -> PyTree[NamedSharding]:
     """Where the update of each parameter is computed: where it lies, or split over `data` as well.
 
-    Vectors stay whole, and so does what no dimension of which can be divided further.
+    Vectors, biases of heads among them, are not divided further.
     """
     specs = _param_specs(params, rules, mesh)
 
@@ -274,7 +274,9 @@ def _default_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 def _split_further(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> P:
     """The spec with `data` beside what splits the dimension that is still the largest."""
-    return spec if mesh.shape["data"] == 1 else _split(name, shape, spec, "data", mesh)
+    if mesh.shape["data"] == 1 or name.endswith(("bias", "scale")):
+        return spec
+    return _split(name, shape, spec, "data", mesh)
 
 
 def _split(name: str, shape: tuple[int, ...], spec: P, axis: str, mesh: Mesh) -> P:
