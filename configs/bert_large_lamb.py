@@ -4,7 +4,7 @@
 
 DATA is made by tools/build_pretraining_dataset.py with the vocabulary of bert-base-uncased. For a
 TPU pod slice: on 256 chips of v5e a step's 65,536 rows are 256 rows a chip, which fit in 4
-microbatches (8 in the second phase); fewer chips want more (--set phases.0.microbatches=16).
+microbatches (8 in the second phase); on other devices there are as many as HARDWARE says.
 
 The numbers are those of NVIDIA's DeepLearningExamples (PyTorch/LanguageModeling/BERT), which follow
 the LAMB paper, https://arxiv.org/abs/1904.00962: learning rate 6e-3 then 4e-3, polynomial decay of

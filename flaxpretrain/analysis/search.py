@@ -120,7 +120,7 @@ class Record:
             if "result" in entry:
                 self._results[entry["key"]] = entry["result"]
             else:
-                self._starts[entry["key"]] = self._starts.get(entry["key"], 0) + 1
+                self._starts[entry["key"]] = self._starts.get(entry["key"], 0) + entry["starts"]
 
     def key(self, run: Run, topology: str, slices: int, phase: int) -> str:
         """Of one compilation: all that decides its outcome."""
@@ -141,7 +141,11 @@ class Record:
 
     def start(self, key: str) -> None:
         """Notes that a compilation begins."""
-        self._append({"key": key})
+        self._append({"key": key, "starts": 1})
+
+    def stop(self, key: str) -> None:
+        """Notes that the user stopped it: no fault of the compiler's."""
+        self._append({"key": key, "starts": -1})
 
     def keep(self, key: str, found: Found) -> None:
         """Notes how it ended."""
@@ -188,8 +192,13 @@ def search(
                 say(f"{place}: left for the next search, the budget is used up")
                 continue
             compiles += 1
+            say(f"{place}: compiling ...")
             record.start(key)
-            known = _compiled(changed, topology, slices, phase, candidate)
+            try:
+                known = _compiled(changed, topology, slices, phase, candidate)
+            except KeyboardInterrupt:
+                record.stop(key)
+                raise
             record.keep(key, known)
         say(f"{place}: {outcome(known)}")
         found.append(known)
