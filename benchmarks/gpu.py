@@ -33,8 +33,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 from flaxpretrain import program
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
-TIMED_SECONDS = 3.0
+TIMED_SECONDS = 2.0
 """About how long each of the two measurements of a case takes."""
+
+
+PEER = "peer "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +228,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--one", action="store_true", help="only the first, in this process")
     parser.add_argument("--peers", action="store_true", help="Transformers beside it")
     parser.add_argument("--trace", type=Path, help="keep a profile of each case here")
+    parser.add_argument("--traced", nargs="*", default=[], help="of these cases only")
     parser.add_argument("--output", type=Path, default=RESULT, help="file of the result")
     parser.add_argument(
         "--rows", type=int, nargs="*", default=[], help="other batch sizes to try of each case"
@@ -258,6 +262,12 @@ def chosen(only: list[str], rows: list[int]) -> list[Case]:
     return cases
 
 
+def traced(case: Case, arguments: argparse.Namespace) -> list[str]:
+    """The option that has this case keep a profile, where it shall."""
+    wanted = arguments.trace and (not arguments.traced or case.name in arguments.traced)
+    return [f"--trace={arguments.trace}"] if wanted else []
+
+
 def say(text: str) -> None:
     """A line on stderr, with the clock."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
@@ -270,16 +280,17 @@ def main(argv: list[str]) -> None:
     if arguments.one:
         return one_case(cases[0], arguments)
     more = [f"--set={text}" for text in arguments.overrides]
-    if arguments.trace:
-        more.append(f"--trace={arguments.trace}")
     program_file, peer_file = (str(ROOT / "benchmarks" / n) for n in ("gpu.py", "gpu_peers.py"))
     turns = [
-        Turn(case.name, [program_file, "--one", *more, "--only", case.name], case.xla_flags)
+        Turn(
+            case.name,
+            [program_file, "--one", *more, *traced(case, arguments), "--only", case.name],
+            case.xla_flags,
+        )
         for case in cases
     ]
-    names = sorted({case.peer for case in cases if case.peer})
-    if arguments.peers and names:
-        turns.insert(0, Turn("peers", [peer_file, *names]))
+    for name in sorted({case.peer for case in cases if case.peer} if arguments.peers else ()):
+        turns.insert(0, Turn(PEER + name, [peer_file, name]))
     for turn in turns:
         turn.wait_until_ready()
     result: dict[str, Any] = {
@@ -292,9 +303,11 @@ def main(argv: list[str]) -> None:
     }
     for turn in turns:
         found = turn.figures()
-        result["peers" if turn.name == "peers" else "cases"] += found
-        for line in found if turn.name == "peers" else ():
-            say(f"peer {line}")
+        if turn.name.startswith(PEER):
+            result["peers"] += found
+            say(f"{turn.name}: {found}")
+        else:
+            result["cases"] += found
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
