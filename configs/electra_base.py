@@ -26,7 +26,7 @@ from flaxpretrain.training.schedules import WarmupTimesDecay
 POD = "v5e:4x4"
 
 HARDWARE = (
-    HardwareRule("TPU v5 ?(lite|e)", {"remat": "none"}, tokens_per_device=8_192),
+    HardwareRule("TPU v5 ?(lite|e)", {"remat": "dots"}, tokens_per_device=8_192),
     HardwareRule("TPU v6 ?(lite|e)", {"remat": "none"}, tokens_per_device=16_384),
     HardwareRule("TPU v5p?$", {"remat": "none"}, tokens_per_device=32_768),
     HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=32_768),
