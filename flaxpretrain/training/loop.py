@@ -165,18 +165,18 @@ class _Training:
         assembly = session.assembly
         rows = functools.partial(sharding.process_rows, assembly.mesh)
         step_function = assembly.train_step(phase)
-        flops = assembly.flops_per_step(phase, session.dataset.vocabulary)
-        fresh = True
+        flops: dict[Phase, float] = {}
         for batch in session.pipeline.iterate(session.step, last, rows):
-            placed = sharding.to_device(batch, assembly.mesh, phase.batch_size)
+            shape = session.pipeline.shape(session.step)
+            placed = sharding.to_device(batch, assembly.mesh, shape.batch_size)
             session.state, metrics = step_function(session.state, placed)
-            if fresh:
-                # The first call compiles: its time is nobody's speed.
+            if shape not in flops:
+                # The first call of a shape compiles: its time is nobody's speed.
                 jax.block_until_ready(metrics)
                 meter.start_clock()
-                fresh = False
+                flops[shape] = assembly.flops_per_step(shape, session.dataset.vocabulary)
             session.step += 1
-            reporter.step(meter.exchange(session.step, metrics, flops))
+            reporter.step(meter.exchange(session.step, metrics, flops[shape]))
             stop = preemption.requested(session.step)
             evaluate = bool(due_evaluations(session))
             save = self._saver.due() and not stop
