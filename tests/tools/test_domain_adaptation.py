@@ -18,7 +18,7 @@ PRAISE, BLAME = ("great", "funny", "warm"), ("long", "dull", "sad")
 PROMPT = "This is a great [MASK]."
 SIZES = (
     *("model.n_heads=4", "model.dim=32", "model.hidden_dim=64", "model.n_layers=2"),
-    *("model.dropout=0.0", "model.attention_dropout=0.0", "length=16", "batch_size=16"),
+    *("model.dropout=0.0", "model.attention_dropout=0.0", "length=16", "batch_size=32"),
     *("optimizer.learning_rate=1e-2", "logging.every_steps=10", "logging.tensorboard=false"),
 )
 
@@ -69,7 +69,7 @@ def test_a_general_model_is_adapted_and_pushed(texts, tool, tmp_path, fake_hub, 
             + [*("--validation-share", "0.1", "--max-seq-length", "16", "--language", "en")]
         )
     general, adapted, reviews = tmp_path / "w0", tmp_path / "w1", tmp_path / "reviews"
-    train(tmp_path / "general.txt", general, *size, "--set", "epochs=6", "--set", "finish=()")
+    train(tmp_path / "general.txt", general, *size, "--set", "epochs=4", "--set", "finish=()")
     capsys.readouterr()
     push = ("--set", "finish.0.push_to_hub=me/films")
     train(reviews, adapted, *size, "--set", "epochs=4", "--init-from", general, *push)
@@ -81,13 +81,13 @@ def test_a_general_model_is_adapted_and_pushed(texts, tool, tmp_path, fake_hub, 
     }
     steps = max(perplexity)
     assert len(perplexity) == 5 and set(perplexity) >= {0, steps}
-    assert perplexity[steps] < 0.4 * perplexity[0]
+    assert perplexity[steps] < 0.5 * perplexity[0]
     again = json.loads(evaluated(tool, adapted, reviews, capsys))["figures"]["perplexity"]
     assert again == pytest.approx(perplexity[steps], rel=1e-4)
 
     # What stands in the domain's place, before and after, and in the folder for Transformers.
     guesses = [top(tool, folder, capsys) for folder in (general, adapted, adapted / "hf")]
-    assert guesses[0] in PLACES and guesses[1] in FILMS and guesses[2] == guesses[1]
+    assert guesses[0] not in FILMS and guesses[1] in FILMS and guesses[2] == guesses[1]
     assert fake_hub.files["model.safetensors"] == (adapted / "hf/model.safetensors").read_bytes()
     config = json.loads(fake_hub.files["config.json"])
     assert config["model_type"] == "distilbert" and config["architectures"] == [
