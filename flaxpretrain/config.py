@@ -28,6 +28,7 @@ __all__ = [
     "Precision",
     "Run",
     "Seeds",
+    "Watchdog",
     "dataset_folder",
     "differences",
     "flatten",
@@ -206,13 +207,35 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Watchdog:
+    """How long a run may show no sign of life before its process ends; None: as long as it likes.
+
+    `startup_seconds` hold for the start without `prepare`, and again for a compile with its first
+    step; `step_seconds` for one step and its batch, `save_seconds` for waiting on a save,
+    `evaluation_seconds` for one evaluation. Another process is lost after `peer_seconds`.
+    """
+
+    startup_seconds: float | None = 3600.0
+    step_seconds: float | None = 1800.0
+    save_seconds: float | None = 3600.0
+    evaluation_seconds: float | None = 7200.0
+    peer_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a deadline that cannot be."""
+        for name, value in dataclasses.asdict(self).items():
+            _require(value is None or value > 0, f"watchdog.{name} must be positive; got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """All that says how a model is pretrained: what a recipe returns.
 
-    `model`, `objective`, `optimizer`, `schedule` and `guard` are frozen values of the rooms that
-    define them. `prepare`, `evaluations` and `finish` are values that the loop calls blind:
-    `prepare` items have `run(run, workdir)`, the others `run(session)`. Of the rules in `hardware`,
-    the first one that fits the devices at hand changes how the run computes; see `on_hardware`.
+    `model`, `objective`, `optimizer`, `schedule`, `guard` and `rewind` are frozen values of the
+    rooms that define them. `prepare`, `evaluations` and `finish` are values that the loop calls
+    blind: `prepare` items have `run(run, workdir)`, the others `run(session)`. Of the rules in
+    `hardware`, the first one that fits the devices at hand changes how the run computes; see
+    `on_hardware`.
     """
 
     model: Any
@@ -222,6 +245,7 @@ class Run:
     schedule: Any
     phases: tuple[Phase, ...]
     guard: Any = None
+    rewind: Any = None
     mesh: Mesh = Mesh()
     precision: Precision = Precision()
     remat: str = "none"
@@ -232,6 +256,7 @@ class Run:
     evaluations: tuple[Any, ...] = ()
     checkpoints: Checkpoints = Checkpoints()
     logging: Logging = Logging()
+    watchdog: Watchdog = Watchdog()
     prepare: tuple[Any, ...] = ()
     finish: tuple[Any, ...] = ()
     device: str = "any"
@@ -399,6 +424,8 @@ MAY_CHANGE = (
     "evaluations",
     "checkpoints",
     "logging",
+    "watchdog",
+    "rewind",
     "mesh",
     "prepare",
     "finish",

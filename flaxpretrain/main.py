@@ -1,8 +1,8 @@
 """The main program: train or resume a recipe in a workdir, or plan it with --dry-run.
 
 A workdir that holds checkpoints is resumed; the same command goes on where the last one stopped.
-Exit codes: 0 done; 1 a bug of ours; 2 a mistake of yours; 3 loss not finite; 75 stopped on
-request and saved.
+Exit codes: 0 done; 1 a bug of ours; 2 a mistake of yours; 3 loss not finite; 69 another process of
+the run is gone; 75 stopped on request and saved; 124 hung, ended by the watchdog.
 
 Without RECIPE, --data-dir, --model-name and --hparams mean what they mean in google-research's
 ELECTRA: the dataset is in the first, all output goes to models/ in it.
@@ -12,9 +12,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,14 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.evaluation.fixed_masks import evaluate, settings_of
 from flaxpretrain.evaluation.subject import open_subject
 from flaxpretrain.hardware import rule_for
+from flaxpretrain.supervisor import add_restarts
 from flaxpretrain.training import sharding
+from flaxpretrain.training.distributed import (
+    JOIN_SECONDS,
+    Peers,
+    initialize_distributed,
+    is_failed_exchange,
+)
 from flaxpretrain.training.loop import NotFinite, train
 
 
@@ -81,15 +90,57 @@ def parser() -> program.Parser:
     )
     parser.add_argument("--num-processes", type=int, help="how many processes train together")
     parser.add_argument("--process-id", type=int, help="which of them this one is, from 0")
+    parser.add_argument(
+        "--join-seconds",
+        type=float,
+        default=JOIN_SECONDS,
+        help="how long the processes wait for each other at the start",
+    )
+    add_restarts(parser)
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Runs the program; returns its exit code."""
     arguments = parser().parse_args(argv)
-    sharding.initialize_distributed(
-        arguments.coordinator, arguments.num_processes, arguments.process_id
+    if not arguments.debug:
+        # Orbax logs each error of a thread with its traceback, and then raises it.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+    initialize_distributed(
+        arguments.coordinator,
+        arguments.num_processes,
+        arguments.process_id,
+        join_seconds=arguments.join_seconds,
     )
+    with Peers() as peers:
+        try:
+            return _run(arguments, argv, peers)
+        except NotFinite as error:
+            print(f"run_pretraining.py: {error}", file=sys.stderr)
+            peers.leave(program.EXIT_NOT_FINITE, f"stopped: {error}")
+            return program.EXIT_NOT_FINITE
+        except UserError as error:
+            if peers.several:
+                print(f"run_pretraining.py: error: {program.one_line(error)}", file=sys.stderr)
+            peers.leave(program.EXIT_USER, f"stopped: {program.one_line(error)}")
+            raise
+        except Exception as error:
+            if peers.several:
+                _leave_on(error, peers)
+            raise
+
+
+def _leave_on(error: Exception, peers: Peers) -> None:
+    """Ends one of several processes after an error that may be another one's."""
+    text = f"{type(error).__name__}: {program.one_line(error)[:200]}"
+    if is_failed_exchange(error):
+        print(f"run_pretraining.py: an exchange between processes failed: {text}", file=sys.stderr)
+        peers.wait_for_the_lost()
+    traceback.print_exception(error)
+    peers.leave(program.EXIT_BUG, f"stopped: {text}")
+
+
+def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
     hparams = None
     if arguments.recipe is None:
         hparams = _hparams(arguments)
@@ -116,6 +167,7 @@ def main(argv: list[str]) -> int:
         print_plan(run, workdir)
         return program.EXIT_OK
     say_devices(run, arguments.allow_cpu)
+    peers.seconds = run.watchdog.peer_seconds
     _use_compile_cache(workdir)
     if hparams is not None and not hparams.do_train:
         evaluate_workdir(workdir, run, hparams)
@@ -129,11 +181,14 @@ def main(argv: list[str]) -> int:
             workdir=workdir,
         )
     command = "python run_pretraining.py " + shlex.join(_public(argv))
-    try:
-        code = train(run, workdir, initial_params=initial, command=command, quiet=arguments.quiet)
-    except NotFinite as error:
-        print(f"run_pretraining.py: {error}", file=sys.stderr)
-        return program.EXIT_NOT_FINITE
+    code = train(
+        run,
+        workdir,
+        initial_params=initial,
+        command=command,
+        quiet=arguments.quiet,
+        leave=peers.leave,
+    )
     if hparams is not None and hparams.do_eval and code == program.EXIT_OK:
         evaluate_workdir(workdir, run, hparams)
     return code

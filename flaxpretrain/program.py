@@ -16,8 +16,10 @@ EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_NOT_FINITE = 3
+EXIT_PEER_GONE = 69
 EXIT_PREEMPTED = 75
 EXIT_WATCHDOG = 124
+EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,10 +63,15 @@ GOOGLE = "0x1ae0"
 """The vendor of TPUs on the PCI bus."""
 
 
+def has_tpu() -> bool:
+    """Whether this machine has a TPU on its PCI bus."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == GOOGLE for vendor in vendors)
+
+
 def quiet_absent_tpu() -> None:
     """Keeps libtpu from reporting that it finds no TPU, on a machine that has none."""
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if any(vendor.read_text().strip() == GOOGLE for vendor in vendors):
+    if has_tpu():
         return
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -96,6 +103,11 @@ def use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def one_line(error: BaseException) -> str:
+    """The text of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs `main(argv)` and exits with its code; a `UserError` becomes one line and code 2."""
     avoid_known_faults()
@@ -110,10 +122,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         code = EXIT_USER
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
-        code = 130
+        code = EXIT_INTERRUPTED
     sys.stdout.flush()
     raise SystemExit(code)

@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaxpretrain"
 
-BELOW = {"errors", "shapes", "hardware", "overrides", "rendering", "config", "program"}
+BELOW = {
+    "errors",
+    "shapes",
+    "hardware",
+    "overrides",
+    "rendering",
+    "config",
+    "program",
+    "supervisor",
+}
 MAY_IMPORT = {
     "data": BELOW | {"data"},
     "models": BELOW | {"models"},

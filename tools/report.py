@@ -4,8 +4,9 @@
     python tools/report.py runs/one runs/two --output-dir comparison
 
 Writes report.html, which holds its pictures and needs no network, and the pictures as PNG beside
-it: loss, accuracy, perplexity, learning rate, gradient norm, throughput, MFU, skipped steps, and
-for several runs the settings in which they differ.
+it: loss, accuracy, perplexity, learning rate, gradient norm, throughput, MFU, goodput, skipped
+steps; beside them where the wall time went, restarts and rewinds, and for several runs the settings
+in which they differ.
 """
 
 import argparse

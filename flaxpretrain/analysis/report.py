@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.training.metrics import read_metrics
+from flaxpretrain.training.goodput import ACTIVITIES, GOODPUT
+from flaxpretrain.training.metrics import EVENTS, read_events, read_metrics
 
 COLOURS = ("#1f6fb4", "#d4572a", "#2e8b57", "#8e44ad", "#b8860b", "#444444", "#17a2b8", "#e377c2")
 STYLES = ("-", "--", ":", "-.")
@@ -30,6 +31,8 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Gradient norm", ("grad_norm",)),
     ("Tokens a second a device", ("tokens_per_second_per_device",)),
     ("Model FLOPs utilisation", ("mfu",)),
+    ("Share of the time in steps", ("goodput",)),
+    ("Share of the time in the rest", ("time/*",)),
     ("Skipped steps, in all", ("skipped_total",)),
     ("Passes over each dataset", ("epochs/*",)),
 )
@@ -44,6 +47,10 @@ class RunLog:
     rows: Sequence[Mapping[str, Any]]
     config: Mapping[str, Any]
     facts: Mapping[str, Any]
+    happened: Sequence[Mapping[str, Any]] = ()
+    """Starts, restarts, preemptions, rewinds: the rows of events.jsonl."""
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Wall time by activity, over all restarts."""
 
     def series(self, figure: str) -> tuple[list[int], list[float]]:
         """Steps and values of a figure, where it was logged and is a finite number."""
@@ -59,8 +66,9 @@ class RunLog:
         return list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))
 
     def events(self) -> list[str]:
-        """What the guard skipped and where the loss was not finite."""
-        found, before = [], 0.0
+        """Restarts and rewinds, what the guard skipped, and where the loss was not finite."""
+        found = [_in_words(event) for event in self.happened]
+        before = 0.0
         for row in self.rows:
             skipped = row.get("skipped_total")
             if isinstance(skipped, int | float) and skipped > before:
@@ -70,6 +78,19 @@ class RunLog:
             if isinstance(loss, float) and not math.isfinite(loss):
                 found.append(f"step {row['step']}: loss {loss}")
         return found
+
+
+def _in_words(event: Mapping[str, Any]) -> str:
+    """An event with what is known about it."""
+    known = {k: v for k, v in event.items() if k not in ("event", "step", "time", "reason")}
+    facts = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in known.items())
+    reason = f": {event['reason']}" if "reason" in event else ""
+    more = f" ({facts})" if facts else ""
+    return f"step {event['step']}: {event['event']}{reason}{more}, {event['time']}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def read_run(workdir: Path) -> RunLog:
@@ -84,10 +105,17 @@ def read_run(workdir: Path) -> RunLog:
     if not rows:
         raise UserError(f"{path} is empty: the run has not logged a step yet")
     known = {}
-    for name in ("config", "run"):
-        file = workdir / f"{name}.json"
+    for name in ("config.json", "run.json", GOODPUT):
+        file = workdir / name
         known[name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return RunLog(workdir.name, rows, known["config"], known["run"])
+    return RunLog(
+        workdir.name,
+        rows,
+        known["config.json"],
+        known["run.json"],
+        read_events(workdir / EVENTS),
+        known[GOODPUT].get("seconds", {}),
+    )
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -171,7 +199,10 @@ def _summary(run: RunLog) -> dict[str, str]:
     }
     for name in run.figures():
         values = run.series(name)[1]
-        if values and (name in ("loss", "mfu", "skipped_total") or "/" in name):
+        if values and (
+            name in ("loss", "mfu", "goodput", "skipped_total")
+            or ("/" in name and not name.startswith("time/"))
+        ):
             shown[name] = f"{values[-1]:.4g}"
     return shown
 
@@ -221,6 +252,7 @@ def page(runs: Sequence[RunLog], pictures: Sequence[tuple[str, bytes]]) -> str:
         f"<p>{datetime.date.today().isoformat()}</p>",
         _table([[n, *(s.get(n, "") for s in summaries)] for n in names], ["", *_names(runs)]),
         images,
+        _times(runs),
         "<h2>Events</h2>",
         _table(events, ("run", "what")) if events else "<p>No step was skipped.</p>",
     ]
@@ -239,6 +271,27 @@ def page(runs: Sequence[RunLog], pictures: Sequence[tuple[str, bytes]]) -> str:
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
         f"<body>{body}</body></html>\n"
     )
+
+
+def _times(runs: Sequence[RunLog]) -> str:
+    """Where the wall time of the runs went, all restarts together."""
+    if not any(run.seconds for run in runs):
+        return ""
+    totals = [sum(run.seconds.values()) for run in runs]
+    rows = [
+        [
+            name.replace("_", " "),
+            *(
+                f"{run.seconds.get(name, 0.0):,.1f} s, {run.seconds.get(name, 0.0) / total:.1%}"
+                if total
+                else ""
+                for run, total in zip(runs, totals, strict=True)
+            ),
+        ]
+        for name in ACTIVITIES
+        if any(run.seconds.get(name) for run in runs)
+    ]
+    return "<h2>Where the time went</h2>" + _table(rows, ["", *_names(runs)])
 
 
 def _names(runs: Sequence[RunLog]) -> list[str]:

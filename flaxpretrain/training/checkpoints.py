@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from flaxpretrain import config
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.checksums import checksums
+from flaxpretrain.training.faults import root_cause, storage_fault
 from flaxpretrain.training.retention import Info, kept
 from flaxpretrain.training.state import TrainState, map_named, named_leaves
 
@@ -76,8 +77,19 @@ class Checkpoints:
         """The steps of the checkpoints not known to be damaged, oldest first."""
         if not self.folder.exists():
             return []
-        names = [path.name for path in self.folder.iterdir()]
+        try:
+            names = [path.name for path in self.folder.iterdir()]
+        except OSError as error:
+            raise UserError(
+                f"the checkpoints in {self.folder} cannot be listed ({error.strerror or error}): "
+                "choose another --workdir, or make it a folder that can be read"
+            ) from error
         return sorted(step for n in names if n.isdigit() and (step := int(n)) not in self._damaged)
+
+    def regular(self) -> list[int]:
+        """Those of the readable checkpoints that the clock had no part in, oldest first."""
+        infos = [self._info(step) for step in self.steps()]
+        return [info.step for info in infos if info is not None and not info.temporary]
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; it may yet turn out to be damaged."""
@@ -200,8 +212,8 @@ class Checkpoints:
         self._pending = None
         try:
             response.result()
-        except OSError as error:
-            raise self._unwritable(info.step, error) from error
+        except Exception as error:  # Orbax wraps what the disk said in errors of many types
+            raise self._failed_save(info.step, error) from error
         listed.wait()
         self._infos[info.step] = info
         if self._policy is None or jax.process_index() != 0:
@@ -224,9 +236,13 @@ class Checkpoints:
             raise ValueError("these checkpoints were opened without a policy, for reading only")
         return self._policy
 
-    def _unwritable(self, step: int, error: OSError) -> UserError:
+    def _failed_save(self, step: int, error: Exception) -> Exception:
+        """A `UserError` where the disk or bucket is at fault; else the error itself."""
+        reason = storage_fault(error)
+        if reason is None:
+            return error
         return UserError(
-            f"the checkpoint of step {step} could not be written to {self.folder}: {error}; make "
+            f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; make "
             "room or choose another folder, then run again: earlier checkpoints are whole"
         )
 
@@ -253,8 +269,8 @@ class Checkpoints:
             response = ocp.save_checkpointables_async(
                 self._path(step), trees, custom_metadata=_to_json(info)
             )
-        except OSError as error:
-            raise self._unwritable(step, error) from error
+        except Exception as error:
+            raise self._failed_save(step, error) from error
         listed = threading.Event()
         self._pending = (response, listed, info)
         response.on_complete(lambda _: self._list_files(step, listed))
@@ -353,7 +369,7 @@ class Checkpoints:
         try:
             loaded = ocp.load_checkpointables(path, wanted)
         except Exception as error:  # Orbax wraps whatever went wrong in errors of many types
-            raise _Damaged(_root_cause(error)) from error
+            raise _Damaged(root_cause(error)) from error
         for name, value in checksums(_named(loaded)).items():
             if info.checksums.get(name) != value:
                 raise _Damaged(f"the values of {name} are not those that were saved")
@@ -418,7 +434,7 @@ def _read_info(path: epath.Path, step: int) -> Info:
         data: Any = ocp.checkpointables_metadata(path).custom_metadata
         return Info(step=step, **data)
     except Exception as error:  # Orbax wraps whatever went wrong in errors of many types
-        raise _Damaged(_root_cause(error)) from error
+        raise _Damaged(root_cause(error)) from error
 
 
 def _check_files(path: epath.Path, inventory: epath.Path) -> None:
@@ -468,10 +484,3 @@ def _all_processes(good: bool) -> bool:
     if jax.process_count() == 1:
         return good
     return bool(np.all(multihost_utils.process_allgather(np.array(good))))
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

@@ -3,25 +3,47 @@
 The loop never waits for the device: the metrics of step n are read while step n + 1 runs.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
 from flaxpretrain import program
 from flaxpretrain.config import Phase, Run, render
+from flaxpretrain.errors import UserError
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble
 from flaxpretrain.training.checkpoints import Checkpoints
 from flaxpretrain.training.evaluate import due_evaluations
-from flaxpretrain.training.meter import Meter
-from flaxpretrain.training.metrics import JsonLines, TensorBoard, Terminal, Writer, duration
+from flaxpretrain.training.goodput import (
+    CHECKPOINT,
+    COMPILE,
+    DATA_WAIT,
+    FINISH,
+    PREPARE,
+    STARTUP,
+    STEPS,
+    Ledger,
+)
+from flaxpretrain.training.meter import Due, Meter
+from flaxpretrain.training.metrics import (
+    EVENTS,
+    Events,
+    JsonLines,
+    TensorBoard,
+    Terminal,
+    Writer,
+    duration,
+)
 from flaxpretrain.training.preemption import Preemption
 from flaxpretrain.training.reporter import NotFinite, Reporter
 from flaxpretrain.training.resume import make_folder, start_state
+from flaxpretrain.training.rewind import LossSpike, SpikeDetector, go_back
 from flaxpretrain.training.saver import Saver
 from flaxpretrain.training.seconds import resolve_seconds
 from flaxpretrain.training.session import (
@@ -37,6 +59,7 @@ from flaxpretrain.training.session import (
     total_steps,
     write_json,
 )
+from flaxpretrain.training.watchdog import Watchdog
 
 __all__ = ["NotFinite", "train"]
 
@@ -48,6 +71,7 @@ def train(
     initial_params: Callable[[Run], PyTree] | None = None,
     command: str = "",
     quiet: bool = False,
+    leave: Callable[[int, str], None] = lambda code, reason: None,
 ) -> int:
     """Trains a run in its workdir from the newest checkpoint there, or from the start.
 
@@ -57,6 +81,7 @@ def train(
         initial_params: gives the weights a new workdir starts from, instead of random ones.
         command: what the user typed, for the model card.
         quiet: no progress on the terminal.
+        leave: tells the other processes of the run why the watchdog ends this one.
 
     Returns:
         The exit code: 0 done, 75 preempted and saved.
@@ -67,37 +92,57 @@ def train(
     """
     first_process = jax.process_index() == 0
     make_folder(workdir)
-    for item in run.prepare:
-        item.run(run, workdir)
-    dataset = open_run_dataset(run, workdir)
-    keep_tokenizer(dataset, workdir, write=first_process)
-    mesh = sharding.mesh_of(run.mesh)
-    with jax.set_mesh(mesh):
-        run = resolve_seconds(run, workdir, dataset, mesh)
-        phases = resolve_phases(run, dataset)
-        assembly = assemble(run, mesh, total_steps(phases))
-        checkpoints = Checkpoints(workdir / "checkpoints", run.checkpoints)
-        identity = dataset_identity(dataset)
-        state, step = start_state(
-            run, workdir, assembly, checkpoints, identity, phases, initial_params
-        )
-        terminal = Terminal(total_steps(phases), step, quiet or not first_process)
-        if note := note_of_warmup(run, total_steps(phases)):
-            terminal.say(note)
-        session = Session(
-            run, workdir, dataset, phases, assembly, state, step, terminal.say, command=command
-        )
-        session.mix(checkpoints.metadata() if checkpoints.latest() is not None else {})
-        if first_process:
-            write_json(workdir / CONFIG, render(run))
-            write_json(workdir / "run.json", facts(run, dataset, mesh) | {"command": command})
-        writers = _open_writers(run, workdir, step, terminal)
-        try:
-            return _Training(session, checkpoints, writers, identity).run()
-        finally:
-            checkpoints.close()
-            for writer in writers:
-                writer.close()
+    ledger = Ledger()
+    with Watchdog(run.watchdog, ledger, leave):
+        ledger.enter(PREPARE)
+        for item in run.prepare:
+            item.run(run, workdir)
+        ledger.enter(STARTUP)
+        dataset = open_run_dataset(run, workdir)
+        keep_tokenizer(dataset, workdir, write=first_process)
+        mesh = sharding.mesh_of(run.mesh)
+        with jax.set_mesh(mesh):
+            run = resolve_seconds(run, workdir, dataset, mesh)
+            phases = resolve_phases(run, dataset)
+            assembly = assemble(run, mesh, total_steps(phases))
+            checkpoints = Checkpoints(workdir / "checkpoints", run.checkpoints)
+            identity = dataset_identity(dataset)
+            state, step = start_state(
+                run, workdir, assembly, checkpoints, identity, phases, initial_params
+            )
+            terminal = Terminal(total_steps(phases), step, quiet or not first_process)
+            if note := note_of_warmup(run, total_steps(phases)):
+                terminal.say(note)
+            session = Session(
+                run, workdir, dataset, phases, assembly, state, step, terminal.say, command=command
+            )
+            metadata = checkpoints.metadata() if checkpoints.latest() is not None else {}
+            session.mix(metadata)
+            session.rewinds = list(metadata.get("rewinds", ()))
+            lost = ledger.go_on(metadata.get("wall_seconds", {}), step, workdir)
+            if first_process:
+                write_json(workdir / CONFIG, render(run))
+                write_json(workdir / "run.json", facts(run, dataset, mesh) | {"command": command})
+            writers = _open_writers(run, workdir, step, terminal)
+            events = Events(workdir / EVENTS, write=first_process)
+            if step < session.total_steps:
+                again = "restart" if events.count("start") else "start"
+                events.record(again, step, lost_seconds=lost, processes=jax.process_count())
+            try:
+                code = _Training(session, checkpoints, writers, identity, ledger, events).run()
+                checkpoints.close()
+                return code
+            except BaseException:
+                if jax.process_count() == 1:  # else a save may wait for a process that is gone
+                    with contextlib.suppress(UserError):
+                        checkpoints.close()
+                raise
+            finally:
+                for writer in writers:
+                    writer.close()
+                if first_process:
+                    with contextlib.suppress(UserError):  # of a full disk something else tells
+                        ledger.write(workdir, session.step, force=True)
 
 
 def _open_writers(run: Run, workdir: Path, step: int, terminal: Terminal) -> list[Writer]:
@@ -122,72 +167,171 @@ class _Training:
     """The steps of a session that are left."""
 
     def __init__(
-        self, session: Session, checkpoints: Checkpoints, writers: list[Writer], identity: str
+        self,
+        session: Session,
+        checkpoints: Checkpoints,
+        writers: list[Writer],
+        identity: str,
+        ledger: Ledger,
+        events: Events,
     ) -> None:
         self._session, self._checkpoints = session, checkpoints
+        self._ledger, self._events = ledger, events
         self._meter = Meter(session)
-        self._reporter = Reporter(session, self._meter, writers)
-        self._saver = Saver(session, checkpoints, identity)
+        self._reporter = Reporter(session, self._meter, writers, ledger)
+        self._detector = None
+        if session.run.rewind is not None:
+            kept = {} if session.step == 0 else checkpoints.metadata(session.step)
+            self._detector = SpikeDetector(session.run.rewind, kept.get("spikes", {}))
+        self._saver = Saver(session, checkpoints, identity, ledger, self._detector)
 
     def run(self) -> int:
         """Trains to the end, or until asked to stop; returns the exit code."""
-        session, run = self._session, self._session.run
+        session, ledger = self._session, self._ledger
         started, begun = time.monotonic(), session.step
         if session.step == 0:
             self._reporter.evaluate(due_evaluations(session))
         with Preemption() as preemption:
             for phase, last in spans(session.phases):
-                if session.step < last and self._run_phase(phase, last, preemption):
+                if self._detector is not None and session.step == last - (phase.steps or 0):
+                    self._detector.forget()  # longer rows may be harder
+                if self._run_phase(phase, last, preemption):
                     self._save_and_wait()
+                    self._events.record("preempted", session.step)
                     session.say(
                         f"stopped on request at step {session.step}, saved; run the same command "
                         "again to go on"
                     )
                     return program.EXIT_PREEMPTED
-        self._reporter.evaluate(run.evaluations)
+        self._reporter.evaluate(session.run.evaluations)
         self._save_and_wait()
         self._reporter.close_bar()
         if session.step == begun:
             session.say(f"all {begun} steps were trained before; evaluated again")
         else:
             session.say(f"trained to step {session.step} in {duration(time.monotonic() - started)}")
-        for item in run.finish:
+            session.say(ledger.line(self._events.count("restart")))
+            self._events.record("trained", session.step)
+        ledger.enter(FINISH)
+        for item in session.run.finish:
             item.run(session)
         return program.EXIT_OK
 
     def _save_and_wait(self) -> None:
+        self._ledger.enter(CHECKPOINT)
         self._saver.save(force=True)
         self._checkpoints.wait()
 
     def _run_phase(self, phase: Phase, last: int, preemption: Preemption) -> bool:
         """Runs the steps of a phase that are left; True when asked to stop."""
-        session, meter, reporter = self._session, self._meter, self._reporter
-        assembly = session.assembly
-        rows = functools.partial(sharding.process_rows, assembly.mesh)
-        step_function = assembly.train_step(phase)
-        flops: dict[Phase, float] = {}
-        for batch in session.pipeline.iterate(session.step, last, rows):
-            shape = session.pipeline.shape(session.step)
-            placed = sharding.to_device(batch, assembly.mesh, shape.batch_size)
-            session.state, metrics = step_function(session.state, placed)
-            if shape not in flops:
-                # The first call of a shape compiles: its time is nobody's speed.
-                jax.block_until_ready(metrics)
-                meter.start_clock()
-                flops[shape] = assembly.flops_per_step(shape, session.dataset.vocabulary)
-            session.step += 1
-            reporter.step(meter.exchange(session.step, metrics, flops[shape]))
-            stop = preemption.requested(session.step)
-            evaluate = bool(due_evaluations(session))
-            save = self._saver.due() and not stop
-            if evaluate or save or stop or session.step == last:
-                reporter.step(meter.flush())
-            if evaluate and session.step < session.total_steps:
-                reporter.evaluate(due_evaluations(session))
-            if save:
-                self._saver.save()
-            if evaluate or save:
-                meter.start_clock()
-            if stop:
-                return True
+        session = self._session
+        step_function = _StepFunction(session.assembly.train_step(phase))
+        while session.step < last:
+            with contextlib.suppress(_Rewound):
+                return self._run_steps(phase, last, preemption, step_function)
         return False
+
+    def _run_steps(
+        self, phase: Phase, last: int, preemption: Preemption, step_function: "_StepFunction"
+    ) -> bool:
+        session, meter, ledger = self._session, self._meter, self._ledger
+        mesh = session.assembly.mesh
+        rows = functools.partial(sharding.process_rows, mesh)
+        flops = session.assembly.flops_per_step(phase, session.dataset.vocabulary)
+        loaded: Any = session.pipeline.iterate(session.step, last, rows)
+        with contextlib.closing(loaded) as batches:
+            while session.step < last:
+                placed = sharding.to_device(self._next(batches), mesh, phase.batch_size)
+                if step_function.fresh:
+                    # The first call compiles: its time is nobody's speed.
+                    ledger.enter(COMPILE)
+                    session.state, metrics = step_function(session.state, placed)
+                    jax.block_until_ready(metrics)
+                    meter.start_clock()
+                    ledger.enter(STEPS)
+                else:
+                    session.state, metrics = step_function(session.state, placed)
+                session.step += 1
+                self._report(meter.exchange(session.step, metrics, flops))
+                if self._between_steps(last, preemption):
+                    return True
+        return False
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch; waiting for it counts only where the device waits too."""
+        self._ledger.enter(STEPS)
+        since = time.monotonic()
+        batch = next(batches)
+        if self._meter.device_is_idle():
+            self._ledger.move(time.monotonic() - since, STEPS, DATA_WAIT)
+        return batch
+
+    def _between_steps(self, last: int, preemption: Preemption) -> bool:
+        """Evaluates and saves where it is time to; True when asked to stop."""
+        session, meter, reporter = self._session, self._meter, self._reporter
+        stop = preemption.requested()
+        evaluate = bool(due_evaluations(session))
+        save = self._saver.due() and not stop
+        if evaluate or save or stop or session.step == last:
+            self._report(meter.flush())
+        if evaluate and session.step < session.total_steps:
+            reporter.evaluate(due_evaluations(session))
+        if save:
+            self._ledger.enter(CHECKPOINT)
+            self._saver.save()
+        if evaluate or save:
+            meter.start_clock()
+        return stop
+
+    def _report(self, due: Due | None) -> None:
+        """Writes the figures of a step that is over, and goes back where its loss is a spike."""
+        if due is None:
+            return
+        detector = self._detector if self._may_rewind() else None
+        try:
+            self._reporter.step(due)
+            if detector is not None:
+                detector.see(due[0], due[1]["loss"] or 0.0)
+        except (LossSpike, NotFinite) as spike:
+            if detector is None:
+                raise
+            self._go_back(spike, detector)
+
+    def _may_rewind(self) -> bool:
+        rewind = self._session.run.rewind
+        return rewind is not None and len(self._session.rewinds) < rewind.max_rewinds
+
+    def _go_back(self, spike: "LossSpike | NotFinite", detector: SpikeDetector) -> None:
+        session = self._session
+        self._ledger.enter(CHECKPOINT)
+        detector.forget()
+        done = go_back(session, self._checkpoints, spike.first_step)
+        if done is None:
+            if isinstance(spike, NotFinite):
+                raise spike
+            session.say(f"step {session.step}: {spike}; no checkpoint lies before it, going on")
+            return
+        self._meter.forget()
+        self._save_and_wait()
+        self._events.record("rewind", done["from"], reason=str(spike), **done)
+        session.say(
+            f"step {done['from']}: {spike}; back to the weights of step {done['to']}, which go on "
+            f"as step {done['resumed']} ({len(session.rewinds)} of "
+            f"{session.run.rewind.max_rewinds} rewinds)"
+        )
+        raise _Rewound
+
+
+class _Rewound(Exception):
+    """The session stands at another step now."""
+
+
+class _StepFunction:
+    """A step function that knows whether it was called."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.fresh = function, True
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.fresh = False
+        return self._function(*arguments)

@@ -1,6 +1,7 @@
 """What a step's answer comes to: figures, read one step late, and speed."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +32,17 @@ class Meter:
     def start_clock(self) -> None:
         """Forgets the time since the last figures, which was not spent on steps."""
         self._since, self._tokens, self._flops = time.monotonic(), 0.0, 0.0
+
+    def device_is_idle(self) -> bool:
+        """Whether the device has done all that it was given."""
+        if self._waiting is None:
+            return True
+        loss: Any = self._waiting[1].figures["loss"]
+        return loss.is_ready()
+
+    def forget(self) -> None:
+        """Drops the figures still waiting, those of a step that is thrown away."""
+        self._waiting = None
 
     def exchange(self, step: int, metrics: StepMetrics, flops: float) -> Due | None:
         """Hands in the device's answer for `step`; gets the figures of the step before."""

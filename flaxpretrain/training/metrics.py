@@ -1,5 +1,7 @@
 """Where figures go: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
 
+import contextlib
+import datetime
 import json
 import math
 import sys
@@ -39,7 +41,8 @@ class JsonLines:
                 _cut(path, restored_step)
             self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+            raise _unwritable(path, error) from error
+        self._path = path
 
     def write(self, step: int, figures: Figures) -> None:
         """Appends `{"step": step, ...}`; figures that are not finite become null."""
@@ -47,11 +50,57 @@ class JsonLines:
             name: value if value is None or math.isfinite(value) else None
             for name, value in figures.items()
         }
-        self._file.write(json.dumps(row) + "\n")
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+EVENTS = "events.jsonl"
+
+
+class Events:
+    """events.jsonl: what happened to a run, over all its restarts; nothing is ever cut."""
+
+    def __init__(self, path: Path, write: bool = True) -> None:
+        """`write` is for one process of a run."""
+        self._path, self._write = path, write
+
+    def record(self, event: str, step: int, **facts: Any) -> None:
+        """Appends `{"event": event, "step": step, "time": ..., ...}`."""
+        if not self._write:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row = {"event": event, "step": step, "time": now} | facts
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def count(self, event: str) -> int:
+        """How often an event was recorded so far."""
+        return sum(row["event"] == event for row in read_events(self._path))
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The rows of an events.jsonl that are whole; none where there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed process
+            rows.append(json.loads(line))
+    return rows
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror}; make room or choose another folder, then run "
+        "again: checkpoints are whole"
+    )
 
 
 def _cut(path: Path, last_step: int) -> None:

@@ -1,5 +1,6 @@
 """A run that is told to stop saves first: SIGTERM, SIGINT, and a pod's preemption notice."""
 
+import os
 import signal
 from types import FrameType
 
@@ -13,6 +14,7 @@ class Preemption:
     def __init__(self) -> None:
         """Nothing is caught until the context is entered."""
         self._asked = False
+        self._calls = 0
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "Preemption":
@@ -35,9 +37,13 @@ class Preemption:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # which the coordination service understands
 
-    def requested(self, step: int) -> bool:
+    def requested(self) -> bool:
         """Whether to save and leave after this step: the same answer on every process."""
         if jax.process_count() == 1:
             return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+        # Counted here: a rewind leaves out steps, and the point agreed on may be one of them.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)

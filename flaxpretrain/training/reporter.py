@@ -4,21 +4,32 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
+
+from flaxpretrain.training.goodput import EVALUATION, Ledger
 from flaxpretrain.training.meter import Due, Meter
 from flaxpretrain.training.metrics import Figures, Terminal, Writer
 from flaxpretrain.training.session import Session
 
 
 class NotFinite(Exception):
-    """The loss stayed without a finite value for as long as the guard allows."""
+    """The loss had no finite value from `first_step` on, for as long as the guard allows."""
+
+    def __init__(self, first_step: int, text: str) -> None:
+        """`text` is what the user reads."""
+        super().__init__(text)
+        self.first_step = first_step
 
 
 class Reporter:
     """Writes what a session's steps and evaluations come to, and stops a run that is lost."""
 
-    def __init__(self, session: Session, meter: Meter, writers: Sequence[Writer]) -> None:
+    def __init__(
+        self, session: Session, meter: Meter, writers: Sequence[Writer], ledger: Ledger
+    ) -> None:
         """Closing the writers is left to who opened them."""
         self._session, self._meter, self._writers = session, meter, writers
+        self._ledger = ledger
 
     def step(self, due: Due | None) -> None:
         """Writes a step's figures where they are due, and reports an update the guard skipped.
@@ -35,24 +46,28 @@ class Reporter:
                 f"step {step}: update skipped, loss {figures['loss']:.4g}, gradient norm "
                 f"{figures['grad_norm']:.4g} ({figures['skipped_total']:.0f} skipped so far)"
             )
-        self._check_finite(step, figures)
         if step % session.run.logging.every_steps == 0 or step == session.total_steps:
-            rates = self._meter.rates()
+            more = self._meter.rates() | session.epochs(step) | self._ledger.figures()
             for writer in self._writers:
-                writer.write(step, figures | rates | session.epochs(step))
+                writer.write(step, figures | more)
+            if jax.process_index() == 0:
+                self._ledger.write(session.workdir, step)
         else:
             for writer in self._writers:
                 if isinstance(writer, Terminal):
                     writer.step(step)
+        self._check_finite(step, figures)
 
     def _check_finite(self, step: int, figures: dict[str, float | None]) -> None:
         guard = self._session.run.guard
         if guard is None:
-            given_up = not math.isfinite(figures["loss"] or 0)
+            in_a_row, allowed = int(not math.isfinite(figures["loss"] or 0)), 1
         else:
-            given_up = (figures.get("skipped_in_a_row") or 0) >= guard.max_consecutive
-        if given_up:
+            in_a_row = int(figures.get("skipped_in_a_row") or 0)
+            allowed = guard.max_consecutive
+        if in_a_row >= allowed:
             raise NotFinite(
+                step - in_a_row + 1,
                 f"step {step}: the loss is {figures['loss']}, the gradient norm "
                 f"{figures['grad_norm']}, and "
                 + (
@@ -60,13 +75,14 @@ class Reporter:
                     if guard is None
                     else f"so it was for {guard.max_consecutive} steps in a row"
                 )
-                + "; the newest checkpoint is older: lower the learning rate or look at the data"
+                + "; the newest checkpoint is older: lower the learning rate or look at the data",
             )
 
     def evaluate(self, evaluations: Iterable[Any]) -> None:
         """Runs evaluations on the session's present state, and writes their figures."""
         session = self._session
         for evaluation in evaluations:
+            self._ledger.enter(EVALUATION)
             figures = evaluation.run(session)
             if not figures:
                 continue  # a push to the hub, say

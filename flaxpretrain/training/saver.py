@@ -3,15 +3,25 @@
 import flaxpretrain
 from flaxpretrain.config import render
 from flaxpretrain.training.checkpoints import Checkpoints
+from flaxpretrain.training.goodput import Ledger
 from flaxpretrain.training.resume import FORMAT
+from flaxpretrain.training.rewind import SpikeDetector
 from flaxpretrain.training.session import Session
 
 
 class Saver:
     """Saves the session's state when the policy says so."""
 
-    def __init__(self, session: Session, checkpoints: Checkpoints, identity: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        checkpoints: Checkpoints,
+        identity: str,
+        ledger: Ledger,
+        detector: SpikeDetector | None,
+    ) -> None:
         """`identity` is that of the dataset."""
+        self._ledger, self._detector = ledger, detector
         self._session, self._checkpoints, self._identity = session, checkpoints, identity
         self._saved = session.step if checkpoints.latest() is not None else -1
         self._config = render(session.run)
@@ -35,6 +45,9 @@ class Saver:
             "code_version": flaxpretrain.__version__,
             "figures": session.figures,
             "mixing": session.history,
+            "rewinds": session.rewinds,
+            "spikes": self._detector.state() if self._detector else {},
+            "wall_seconds": self._ledger.seconds(),
         }
         self._checkpoints.save(
             session.step, session.state, metadata, metrics=session.figures, force=force

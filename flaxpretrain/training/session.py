@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 
 import flaxpretrain
 from flaxpretrain.config import Data, Phase, Run, dataset_folder, render
-from flaxpretrain.data.buckets import BucketedPlan, BucketPipeline, LengthBuckets
 from flaxpretrain.data.mixed_pipeline import MixedPipeline, MixedPlan, mixed_plan
 from flaxpretrain.data.mixing import MixedData, MixedDataset, Mixing, Stretch, open_mixed, prolonged
 from flaxpretrain.data.pipeline import Batches, Pipeline, resolve
@@ -50,6 +49,8 @@ class Session:
     command: str = ""
     history: tuple[Stretch, ...] = ()
     """Of a mixture: how its steps were mixed so far."""
+    rewinds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Of which steps the weights were thrown away, and what stands in for them."""
     _eval_steps: dict[Any, Any] = dataclasses.field(default_factory=dict)
     _repeated: set[str] = dataclasses.field(default_factory=set)
 
@@ -178,9 +179,7 @@ def dataset_identity(dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def row_plan(
-    run: Run, dataset: Dataset, data: Data, length: int
-) -> RowPlan | MixedPlan | BucketedPlan:
+def row_plan(run: Run, dataset: Dataset, data: Data, length: int) -> RowPlan | MixedPlan:
     """The rows that a split, or the parts of a mixture, give at a length."""
     if isinstance(data, MixedData):
         plans = []
@@ -190,9 +189,6 @@ def row_plan(
             framing = layout.framing(objective.framing(dataset.vocabulary, length))
             plans.append(layout.fill(dataset.split(f"{part.name}/{part.split}"), framing.room()))
         return mixed_plan(data.mixing(), plans)
-    if isinstance(data.layout, LengthBuckets):
-        framing_of = functools.partial(run.objective.framing, dataset.vocabulary)
-        return data.layout.plan_buckets(dataset.split(data.split), framing_of, length)
     framing = data.layout.framing(run.objective.framing(dataset.vocabulary, length))
     return data.layout.fill(dataset.split(data.split), framing.room())
 
@@ -217,11 +213,10 @@ def open_pipeline(
             noise_seed=run.seeds.noise,
             history=history,
         )
-    pipeline = BucketPipeline if isinstance(run.data.layout, LengthBuckets) else Pipeline
-    return pipeline(
+    return Pipeline(
         dataset.split(run.data.split),
         run.data.layout,
-        functools.partial(run.objective.framing, dataset.vocabulary),
+        lambda length: run.objective.framing(dataset.vocabulary, length),
         phases,
         order_seed=run.seeds.order,
         noise_seed=run.seeds.noise,

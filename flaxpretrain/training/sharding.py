@@ -1,4 +1,4 @@
-"""The processes and devices of a run, and where each array lies on them.
+"""The devices of a run, and where each array lies on them.
 
 Axes: `data` (rows), `fsdp` (rows, and slices of the state), `context` (tokens of a row), `tensor`
 (slices of the layers). The optimizer's state may lie in slices over `data` as well. Axis types are
@@ -7,7 +7,6 @@ architecture, pairs of a regex of parameter names and the mesh axis of each dime
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -42,63 +41,6 @@ REPLICATED = "replicated"
 
 Axis = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, tuple[Axis, ...] | str]]
-
-
-def initialize_distributed(
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> bool:
-    """Joins the processes of a run on several hosts, where arguments or the environment say so.
-
-    Must run before anything touches a device. Arguments win over JAX_COORDINATOR_ADDRESS
-    (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID; Cloud TPU pods, Slurm and Open MPI are
-    recognised by their own variables and need none.
-
-    Returns:
-        Whether there are several processes.
-
-    Raises:
-        UserError: some but not all of the three settings are given, or they are not numbers.
-    """
-    environment = os.environ if environment is None else environment
-    address = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
-    count = _setting("JAX_NUM_PROCESSES", processes, environment)
-    index = _setting("JAX_PROCESS_ID", process, environment)
-    if address is not None or count is not None or index is not None:
-        if not address or count is None or index is None:
-            raise UserError(
-                "several processes need all of JAX_COORDINATOR_ADDRESS (host:port of process 0), "
-                f"JAX_NUM_PROCESSES and JAX_PROCESS_ID; got {address}, {count} and {index}"
-            )
-        if not 0 <= index < count:
-            raise UserError(f"JAX_PROCESS_ID must lie in 0 to {count - 1}; got {index}")
-        jax.distributed.initialize(address, count, index)
-        return count > 1
-    if _in_a_cluster(environment):
-        jax.distributed.initialize()
-        return jax.process_count() > 1
-    return False
-
-
-def _setting(name: str, value: int | None, environment: Mapping[str, str]) -> int | None:
-    if value is not None or name not in environment:
-        return value
-    try:
-        return int(environment[name])
-    except ValueError as error:
-        raise UserError(f"{name} must be a number; got {environment[name]!r}") from error
-
-
-def _in_a_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether variables of a launcher that JAX knows tell of more than one process."""
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-        return True
-    if environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
-        return True
-    counts = [environment.get(n, "1") for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
-    return any(count.isdigit() and int(count) > 1 for count in counts)
 
 
 def mesh_of(settings: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:

@@ -124,6 +124,29 @@ def test_figures_that_are_not_finite_are_events_not_points(tmp_path):
     assert run.events() == ["step 2: loss nan"]
 
 
+def test_restarts_and_rewinds_are_events_and_the_time_is_divided(tmp_path):
+    made = workdir(tmp_path, "one", skipped=2)
+    for event, step, facts in (
+        ("start", 0, {"lost_seconds": 0.0}),
+        ("restart", 8, {"lost_seconds": 3.25}),
+        ("rewind", 30, {"reason": "the loss is 9", "to": 8, "resumed": 35}),
+    ):
+        row = {"event": event, "step": step, "time": "2026-01-01T00:00:00+00:00"} | facts
+        with open(made / "events.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    (made / "goodput.json").write_text('{"seconds": {"steps": 90.0, "lost_work": 10.0}}')
+    run = report.read_run(made)
+    assert [text.split(",")[0] for text in run.events()] == [
+        "step 0: start (lost seconds 0.0)",
+        "step 8: restart (lost seconds 3.2)",
+        "step 30: rewind: the loss is 9 (to 8",
+        "step 21: 2 steps skipped before it",
+    ]
+    text = report.page([run], [])
+    assert "<td>steps</td><td>90.0 s, 90.0%</td>" in text
+    assert "<td>lost work</td><td>10.0 s, 10.0%</td>" in text
+
+
 def test_a_folder_without_a_log_and_a_broken_log_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
         report.read_run(tmp_path)

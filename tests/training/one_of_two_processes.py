@@ -1,5 +1,6 @@
 """Run twice by test_sharding: ADDRESS INDEX FOLDER. Each process has two fake devices."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -8,14 +9,17 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
+from flaxpretrain.data.store import open_dataset
+from flaxpretrain.training.distributed import initialize_distributed
+from flaxpretrain.training.session import open_pipeline, resolve_phases
 from flaxpretrain.training.sharding import (
-    initialize_distributed,
     make_mesh,
     process_rows,
     replicated,
     state_shardings,
     to_device,
 )
+from tests import toys
 from tests.training.test_checkpoints import (
     METADATA,
     at_step,
@@ -44,6 +48,22 @@ def processes_that_differ_along_tensor_load_the_same_rows() -> None:
     batch = to_device({"ids": ROWS}, mesh, 16)
     total = jax.jit(lambda x: x.sum(), out_shardings=replicated(mesh))(batch["ids"])
     assert int(total) == ROWS.sum()
+
+
+def each_batch_is_that_of_one_process(folder: Path) -> None:
+    run = toys.packed_run(str(folder))
+    dataset = open_dataset(folder)
+    pipeline = open_pipeline(run, dataset, resolve_phases(run, dataset))
+    mesh = make_mesh(2, 2, 1)
+    loaded = pipeline.iterate(2, 5, functools.partial(process_rows, mesh))
+    for step, mine in enumerate(loaded, 2):
+        whole = pipeline.batch(step)
+        placed = to_device(mine, mesh, 8)
+        gathered = jax.jit(lambda b: b, out_shardings=replicated(mesh))(placed)
+        assert gathered.keys() == whole.keys()
+        for name, array in gathered.items():
+            assert len(mine[name]) == 4, name
+            np.testing.assert_array_equal(np.asarray(array), whole[name])
 
 
 def both_save_and_agree_on_what_is_damaged(index: int, folder: Path) -> None:
@@ -84,5 +104,6 @@ if __name__ == "__main__":
     assert initialize_distributed(address, 2, index)
     each_process_loads_its_half(index)
     processes_that_differ_along_tensor_load_the_same_rows()
+    each_batch_is_that_of_one_process(folder.parent / "toy")
     both_save_and_agree_on_what_is_damaged(index, folder)
     print("fine", index)

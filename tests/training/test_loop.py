@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,10 +22,11 @@ from flaxpretrain.data.rows import Documents
 from flaxpretrain.data.store import open_dataset
 from flaxpretrain.errors import UserError
 from flaxpretrain.objectives.masked_lm import MaskedLM
+from flaxpretrain.training.checkpoints import Checkpoints as Opened
 from flaxpretrain.training.evaluate import FixedNoise, FixedNoiseByEpoch
 from flaxpretrain.training.guard import Guard
 from flaxpretrain.training.loop import NotFinite, train
-from flaxpretrain.training.metrics import read_metrics
+from flaxpretrain.training.metrics import read_events, read_metrics
 from flaxpretrain.training.schedules import Schedule, WarmupLinear
 from flaxpretrain.training.session import keep_tokenizer, note_of_warmup
 from tests import toys
@@ -50,7 +50,7 @@ def losses(workdir):
     }
 
 
-def start(workdir, data, *overrides, environment=None, extra=()):
+def start(workdir, data, *overrides, environment=None, extra=(), before=()):
     """The main program in a process of its own, on the recipe below."""
     recipe = workdir.parent / "toy_recipe.py"
     recipe.write_text(
@@ -61,6 +61,7 @@ def start(workdir, data, *overrides, environment=None, extra=()):
     sets = [text for o in overrides for text in ("--set", o)]
     return subprocess.Popen(
         [
+            *before,
             sys.executable,
             "run_pretraining.py",
             str(recipe),
@@ -142,24 +143,15 @@ def test_a_killed_run_loses_only_the_steps_since_its_last_save(tmp_path, data, u
     assert losses(workdir) == uninterrupted
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def test_two_processes_over_loopback_train_what_one_trains(tmp_path, data, uninterrupted):
-    workdir = tmp_path / "w"
-    address = f"127.0.0.1:{free_port()}"
-    flags = ("--coordinator", address, "--num-processes", "2", "--process-id")
-    both = [start(workdir, data, "steps=20", extra=(*flags, str(i))) for i in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    got = losses(workdir)
-    assert list(got) == list(range(1, 21))
-    np.testing.assert_allclose(
-        list(got.values()), [uninterrupted[step] for step in got], rtol=LOSS_REORDERED
-    )
+def test_a_run_that_hangs_ends_with_its_stacks_is_started_again_and_given_up(tmp_path, data):
+    late = "watchdog.startup_seconds=0.05"  # no start is so fast
+    process = start(tmp_path / "w", data, late, extra=("--restarts", "1"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == program.EXIT_WATCHDOG
+    assert output.count("watchdog.startup_seconds allows 0.05") == 2
+    assert "Current thread" in output and "most recent call first" in output
+    assert "supervisor: exit code 124: it hung; again in 1 s, restart 1 of 1" in output
+    assert "started 2 times, giving up" in output
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +268,34 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, data):
         train(toy(data), tmp_path / "file" / "w", quiet=True)
 
 
+def test_a_disk_that_is_full_at_a_save_is_one_line_and_nothing_is_lost(tmp_path, data):
+    workdir = tmp_path / "w"
+    arguments = ("steps=8", "checkpoints.every_steps=4", "logging.every_steps=100")
+    assert start(workdir, data, "steps=4", *arguments[1:]).wait(timeout=300) == 0
+    # A file of a checkpoint is larger than what may be written now: as if the disk were full.
+    full = ["bash", "-c", 'ulimit -f 60 && exec "$@"', "bash"]
+    process = start(workdir, data, *arguments, before=full)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == program.EXIT_USER, output
+    assert "the checkpoint of step 8 could not be written to" in output
+    assert "File too large" in output and "Traceback" not in output
+    (only,) = (p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert only == "4"
+    process = start(workdir, data, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert Opened(workdir / "checkpoints").latest() == 8
+
+
+def test_a_checkpoint_folder_that_refuses_is_one_line(tmp_path, data):
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    (workdir / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints"):
+        train(toy(data), workdir, quiet=True)
+    assert (workdir / "checkpoints").read_text() == ""
+
+
 def test_a_missing_dataset_is_named(tmp_path):
     with pytest.raises(UserError, match="no_such_dataset"):
         train(toy(str(tmp_path / "no_such_dataset")), tmp_path / "w", quiet=True)
@@ -369,6 +389,17 @@ def test_evaluations_may_come_before_the_first_step_and_after_each_epoch(tmp_pat
     steps = [row["step"] for row in rows]
     assert steps[0] == 0 and len(steps) == 4 and abs(steps[1] - epoch) <= 1
     assert rows[-1]["held_out/masked_lm"] != rows[0]["held_out/masked_lm"]
+
+
+def test_the_time_of_a_run_is_accounted_for(trained):
+    last = read_metrics(trained / "metrics.jsonl")[-1]
+    shares = {n: v for n, v in last.items() if n == "goodput" or n.startswith("time/")}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert last["goodput"] > 0 and last["time/compile"] > 0 and last["time/checkpoint"] > 0
+    seconds = json.loads((trained / "goodput.json").read_text())["seconds"]
+    assert seconds["steps"] > 0 and seconds["lost_work"] == 0
+    events = [row["event"] for row in read_events(trained / "events.jsonl")]
+    assert events == ["start", "trained"]
 
 
 def test_the_workdir_tells_how_to_repeat_the_run(trained):

@@ -20,13 +20,13 @@ from flaxpretrain.training.optimizers import Adafactor, AdamW, Muon, make_optimi
 from flaxpretrain.training.schedules import Constant
 from flaxpretrain.training.sharding import (
     batch_sharding,
-    initialize_distributed,
     make_mesh,
     process_rows,
     state_shardings,
     to_device,
 )
 from flaxpretrain.training.state import TrainState, named_leaves
+from tests import toys
 from tests.training.toys import random_tree, toy_state
 
 ROOT = Path(__file__).parents[2]
@@ -212,29 +212,11 @@ def test_rows_must_divide_by_the_groups_of_devices():
 # Several processes.
 
 
-@pytest.mark.parametrize(
-    ("environment", "arguments", "message"),
-    [
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, (), "need all of JAX_COORDINATOR_ADDRESS"),
-        ({"JAX_PROCESS_ID": "one"}, (), "JAX_PROCESS_ID must be a number; got 'one'"),
-        ({}, ("a:1", 2, 2), "JAX_PROCESS_ID must lie in 0 to 1; got 2"),
-        ({}, (None, 2, None), "need all of"),
-    ],
-)
-def test_half_told_settings_are_refused(environment, arguments, message):
-    with pytest.raises(UserError, match=message):
-        initialize_distributed(*arguments, environment=environment)
-
-
-def test_a_lone_process_stays_alone():
-    for environment in ({}, {"TPU_WORKER_HOSTNAMES": "localhost"}, {"SLURM_STEP_NUM_TASKS": "1"}):
-        assert not initialize_distributed(environment=environment)
-
-
 def test_two_processes_load_their_rows_and_share_checkpoints(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
+    toys.dataset(tmp_path / "toy")
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
