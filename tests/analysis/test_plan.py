@@ -12,6 +12,7 @@ from flaxpretrain.analysis.throughput import synthetic_dataset
 from flaxpretrain.config import Data, Phase, render
 from flaxpretrain.data.rows import Blocks
 from flaxpretrain.errors import UserError
+from flaxpretrain.hardware import HardwareRule
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble
 from flaxpretrain.training.schedules import WarmupLinear
@@ -43,6 +44,12 @@ def test_the_rendered_recipe_comes_first_and_is_json(tmp_path):
     text = printed(run, tmp_path)
     rendered, _ = json.JSONDecoder().raw_decode(text)
     assert rendered == render(run)
+
+
+def test_the_rule_for_the_devices_is_shown(tmp_path):
+    rules = (HardwareRule("cpu", {"remat": "full"}, tokens_per_device=64),)
+    text = printed(toys.run(hardware=rules), tmp_path)
+    assert "hardware rule 'cpu': remat = full, at most 64 tokens a device at once" in text
 
 
 def test_with_a_dataset_the_plan_counts_epochs_and_padding(tmp_path):
