@@ -17,7 +17,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,8 +94,7 @@ def prepare(work: Path, source: Path) -> None:
 
 
 def trained(recipe: str, data: Path, workdir: Path, *options: object) -> dict:
-    """Trains, or goes on; gives steps and seconds."""
-    started = time.monotonic()
+    """Trains, or goes on; gives steps, seconds and perplexities."""
     if not (workdir / "checkpoints").is_dir() or not any((workdir / "checkpoints").iterdir()):
         extra = options
     else:
@@ -106,10 +104,16 @@ def trained(recipe: str, data: Path, workdir: Path, *options: object) -> dict:
          *extra)  # fmt: skip
     rows = read_metrics(workdir / "metrics.jsonl")
     evaluated = [row for row in rows if "validation/perplexity" in row]
+    logged = [row for row in rows if row.get("tokens_per_second")]
+    steps = [0, *(int(row["step"]) for row in logged)]
+    seconds = sum(
+        (now - before) * row["tokens"] / row["tokens_per_second"]
+        for before, now, row in zip(steps, steps[1:], logged, strict=False)
+    )
     return {
         "recipe": recipe,
-        "steps": max(int(row["step"]) for row in rows),
-        "seconds_of_this_call": round(time.monotonic() - started, 1),
+        "steps": steps[-1],
+        "training_seconds": round(seconds, 1),
         "perplexity_by_step": {
             int(row["step"]): round(row["validation/perplexity"], 2) for row in evaluated
         },

@@ -6,7 +6,7 @@ Every case is a recipe with a batch that fills the device, in bfloat16: the step
 that lies on the device, then fed by the loader from a store of random text. Rates are medians over
 five windows. Each case is a process of its own; all compile at once, then take turns, and nothing
 else runs on the device while one is timed. With --peers, benchmarks/gpu_peers.py trains GPT-2 and
-T5 of Transformers at the same shapes, timed first. --trace FOLDER keeps a profile of three steps of
+T5 of Transformers at the same shapes, timed last. --trace FOLDER keeps a profile of three steps of
 each case. Writes benchmarks/results/gpu.json.
 """
 
@@ -85,24 +85,25 @@ CASES = (
 
 @dataclasses.dataclass
 class Prepared:
-    """A case whose step is compiled."""
+    """A case whose step is compiled and has run, with its state on the device."""
 
     case: Case
+    bench: Any
     run: Any
-    assembly: Any
     phase: Any
-    vocabulary: Any
-    compiled: tuple[Any, float]
+    attention: str
 
 
-def prepared(case: Case, overrides: list[str]) -> Prepared:
-    """Loads a case, puts it together and compiles its step."""
+def prepared(case: Case, overrides: list[str], folder: Path) -> Prepared:
+    """Loads a case, puts it together, compiles its step and runs it; `folder` gets its dataset."""
     import jax
 
-    from flaxpretrain.analysis.throughput import compiled_step
+    from flaxpretrain.analysis import throughput
     from flaxpretrain.config import load
+    from flaxpretrain.data.store import open_dataset
     from flaxpretrain.training import sharding
     from flaxpretrain.training.assembly import assemble, stand_in_vocabulary
+    from flaxpretrain.training.session import open_pipeline
 
     path = ROOT / "configs" / f"{case.recipe}.py"
     run = load(path, [*case.overrides, *overrides])
@@ -113,56 +114,48 @@ def prepared(case: Case, overrides: list[str]) -> Prepared:
             run.phases[case.phase], steps=100_000, tokens=None, epochs=None, seconds=None
         )
         vocabulary = stand_in_vocabulary(run)
-        compiled = compiled_step(assembly, phase, vocabulary)
-    say(f"{case.name}: compiled in {compiled[1]:.1f} s")
-    return Prepared(case, run, assembly, phase, vocabulary, compiled)
+        throughput.synthetic_dataset(folder, vocabulary, 1 << 21)
+        pipeline = open_pipeline(run, open_dataset(folder), (phase,))
+        bench = throughput.Bench(assembly, phase, vocabulary, pipeline)
+        bench.steps(2)
+    say(f"{case.name}: step compiled in {bench.compile_seconds:.1f} s")
+    return Prepared(case, bench, run, phase, assembly.execution.attention)
 
 
 def measured(ready: Prepared, trace: Path | None) -> dict[str, Any]:
     """The figures of one case."""
     import jax
 
-    from flaxpretrain.analysis import throughput
-    from flaxpretrain.data.store import open_dataset
-    from flaxpretrain.training.session import open_pipeline
-
-    with tempfile.TemporaryDirectory() as name, jax.set_mesh(ready.assembly.mesh):
-        throughput.synthetic_dataset(Path(name), ready.vocabulary, 1 << 21)
-        dataset = open_dataset(Path(name))
-        pipeline = open_pipeline(ready.run, dataset, (ready.phase,))
-        bench = throughput.Bench(
-            ready.assembly, ready.phase, ready.vocabulary, pipeline, ready.compiled
-        )
-        trial = bench.step_alone(5)
-        steps = max(10, int(TIMED_SECONDS / trial.step_seconds))
-        alone, both = bench.step_alone(steps), bench.both(steps)
-        if trace is not None:
-            keep_trace(bench, trace, ready.case.name)
-    rows = ready.phase.batch_size
+    bench, case, phase = ready.bench, ready.case, ready.phase
+    trial = bench.step_alone(5)
+    steps = max(10, int(TIMED_SECONDS / trial.step_seconds))
+    alone, both = bench.step_alone(steps), bench.both(steps)
+    if trace is not None:
+        keep_trace(bench, trace, case.name)
     stats = jax.devices()[0].memory_stats() or {}
     figures = {
-        "case": ready.case.name,
+        "case": case.name,
         "device": jax.devices()[0].device_kind,
         "packages": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
-        "recipe": ready.case.recipe,
-        "overrides": list(ready.case.overrides),
-        "attention": ready.assembly.execution.attention,
-        "rows_a_step": rows,
-        "length": ready.phase.length,
+        "recipe": case.recipe,
+        "overrides": list(case.overrides),
+        "attention": ready.attention,
+        "rows_a_step": phase.batch_size,
+        "length": phase.length,
         "tokens_a_step": bench.tokens,
         "formula_tflop_a_step": bench.flops / 1e12,
         "steps": steps,
         "compile_seconds": round(bench.compile_seconds, 1),
-        "rows_per_second": round(rows / both.step_seconds, 1),
+        "rows_per_second": round(phase.batch_size / both.step_seconds, 1),
         "tokens_per_second": round(both.tokens_per_second),
         "mfu": None if both.mfu is None else round(both.mfu, 4),
         "step": dataclasses.asdict(alone),
         "both": dataclasses.asdict(both),
         "peak_memory_bytes": stats.get("peak_bytes_in_use"),
-        "aim": f"{ready.case.aim:,} {ready.case.unit}" if ready.case.aim else None,
+        "aim": f"{case.aim:,} {case.unit}" if case.aim else None,
     }
     say(
-        f"{ready.case.name}: {rows} rows of {ready.phase.length}: step alone "
+        f"{case.name}: {phase.batch_size} rows of {phase.length}: step alone "
         f"{alone.step_seconds * 1e3:.2f} ms, with loader {both.step_seconds * 1e3:.2f} ms, "
         f"{figures['rows_per_second']:,} rows/s, {figures['tokens_per_second']:,} tokens/s, "
         f"MFU {figures['mfu']}, aim {figures['aim']}"
@@ -215,10 +208,11 @@ class Turn:
 
 def one_case(case: Case, arguments: argparse.Namespace) -> None:
     """Compiles, says `ready`, waits for a line on stdin, measures and prints a JSON line."""
-    ready = prepared(case, arguments.overrides)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    print(json.dumps(measured(ready, arguments.trace)), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        ready = prepared(case, arguments.overrides, Path(folder))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(json.dumps(measured(ready, arguments.trace)), flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -290,7 +284,7 @@ def main(argv: list[str]) -> None:
         for case in cases
     ]
     for name in sorted({case.peer for case in cases if case.peer} if arguments.peers else ()):
-        turns.insert(0, Turn(PEER + name, [peer_file, name]))
+        turns.append(Turn(PEER + name, [peer_file, name]))
     for turn in turns:
         turn.wait_until_ready()
     result: dict[str, Any] = {

@@ -25,6 +25,7 @@ from rich.table import Table
 from flaxpretrain import program
 from flaxpretrain.analysis import throughput
 from flaxpretrain.config import Run, load, render
+from flaxpretrain.data.buckets import LengthBuckets
 from flaxpretrain.data.store import Dataset, open_dataset
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of
@@ -75,6 +76,11 @@ def main(argv: list[str]) -> int:
     if arguments.phase is not None and not 0 <= arguments.phase < len(run.phases):
         raise UserError(
             f"--phase {arguments.phase}: the recipe has phases 0 to {len(run.phases) - 1}"
+        )
+    if isinstance(run.data.layout, LengthBuckets):
+        say("rows of several lengths: measured are those of the longest, a text a row")
+        run = dataclasses.replace(
+            run, data=dataclasses.replace(run.data, layout=run.data.layout.layout)
         )
     numbers = range(len(run.phases)) if arguments.phase is None else [arguments.phase]
     mesh = sharding.mesh_of(run.mesh)

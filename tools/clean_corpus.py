@@ -56,6 +56,8 @@ def parser() -> program.Parser:
         help="sentences: blank lines between documents; lines, files: a document each")  # fmt: skip
     add("--text-column", default="text", help="of records: the field with the text")
     add("--errors", choices=["strict", "replace"], default="strict", help="about bad UTF-8")
+    add("--skip-broken", action="store_true",
+        help="leave out and count what cannot be read, instead of stopping")  # fmt: skip
     add("--limit", type=int, help="documents to read, the first ones; none: all")
     add("--without", choices=DEFAULTS, action="append", default=[],
         help="leave this step out; repeatable")  # fmt: skip
@@ -138,6 +140,7 @@ def main(argv: list[str]) -> None:
         near=MinHash(threshold=arguments.resemblance) if near else None,
         overlap_words=arguments.overlap_words,
         limit=arguments.limit,
+        skip_broken=arguments.skip_broken,
         shard_bytes=arguments.shard_megabytes << 20,
     )
     sizes = [source.size() for source in sources]

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from flaxpretrain import program
 from flaxpretrain.analysis.inspection import LEGEND, coloured_row, inspect, picture, report
+from flaxpretrain.analysis.padding import padding_by_layout
 from flaxpretrain.config import dataset_folder, load
 from flaxpretrain.data import tokenizers
 from flaxpretrain.data.mixing import MixedData, open_mixed
@@ -82,6 +83,11 @@ def main(argv: list[str]) -> None:
         f"an epoch of split {data.split}: {plan.rows_per_epoch:,} rows, "
         f"{plan.padding_share:.2%} padding"
     )
+    if not isinstance(run.data, MixedData):
+        print(f"padding of an epoch in rows of {phase.length}, by layout:")
+        layouts = padding_by_layout(run, dataset, run.data, phase.length)
+        for name, (positions, share) in layouts.items():
+            print(f"  {share:7.2%} of {positions:,} positions  {name}")
     if arguments.picture is not None:
         picture(found, arguments.picture, f"{run.name} on {folder.name}, split {data.split}")
         print(f"wrote {arguments.picture}")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flaxpretrain import program
 from flaxpretrain.data import fertility, tokenizers
+from flaxpretrain.data.document import Losses, told
 from flaxpretrain.data.interpreter import InterpreterText
 from flaxpretrain.data.normalization import FORMS, Normalization
 from flaxpretrain.data.progress import ReadingProgress
@@ -45,16 +46,35 @@ PIECES_FILE = "spiece.model"
 
 
 class Sentences:
-    """The sentences of sources, as often as they are asked for."""
+    """The sentences of sources, as often as they are asked for.
 
-    def __init__(self, sources: Sequence[Source], progress: Callable[[int], None]) -> None:
+    `losses` is what the newest reading of each source left out; the first reading tells `notify`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        progress: Callable[[int], None] = lambda count: None,
+        skip_broken: bool = False,
+        notify: Callable[[str], None] = lambda message: None,
+    ) -> None:
         self._sources = sources
         self._progress = progress
+        self._skip_broken = skip_broken
+        self._notify = notify
+        self.losses: list[Losses] = []
 
     def __iter__(self) -> Iterator[str]:
-        for source in self._sources:
-            for document in source.documents(self._progress):
+        notify = (lambda message: None) if self.losses else self._notify
+        self.losses = [Losses(self._skip_broken, notify) for _ in self._sources]
+        for source, losses in zip(self._sources, self.losses, strict=True):
+            for document in source.documents(self._progress, losses):
                 yield from document.sentences
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(message, file=sys.stderr)
 
 
 def parser() -> program.Parser:
@@ -94,6 +114,8 @@ def parser() -> program.Parser:
     add("--report", action="append", default=[], metavar="NAME=PATH",
         help="measure the tokenizer on this text too (es=valid.es.txt); repeatable")  # fmt: skip
     add("--errors", choices=["strict", "replace"], default="strict", help="about bad UTF-8")
+    add("--skip-broken", action="store_true",
+        help="leave out and count what cannot be read, instead of stopping")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a tokenizer that is there")
     return parser
 
@@ -172,7 +194,7 @@ def report(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequenc
             raise UserError(f"--report takes NAME=PATH, such as es=valid.es.txt; got {entry!r}")
         named[name] = text_files(Path(path), errors=arguments.errors)
     figures = [
-        fertility.measure(tokenizer, name, Sentences([source], lambda count: None))
+        fertility.measure(tokenizer, name, Sentences([source], skip_broken=arguments.skip_broken))
         for name, source in named.items()
     ]
     for line in fertility.table(figures):
@@ -196,7 +218,7 @@ def main(argv: list[str]) -> None:
     passes = 2 if arguments.model in BERT_LIKE and not arguments.extend else 1
     total = passes * sum(source.size() for source in sources)
     with ReadingProgress("training", total) as progress:
-        texts = Sentences(sources, progress.advance)
+        texts = Sentences(sources, progress.advance, arguments.skip_broken, say)
         if arguments.extend is not None:
             tokenizer, pieces = extended(arguments, texts), None
         else:
@@ -210,8 +232,11 @@ def main(argv: list[str]) -> None:
     vocabulary = tokenizer.vocabulary
     print(f"tokenizer {arguments.output_dir}: {vocabulary.size:,} ids of {arguments.vocab_size:,}")
     print("special: " + ", ".join(f"{role} {token}" for role, token in tokenizer.roles.items()))
+    for source, losses in zip(sources, texts.losses, strict=True):
+        for line in told(source.name, losses.counts()):
+            print(line)
     report(arguments, tokenizer, sources)
-    sample = next(iter(Sentences(sources, lambda count: None)))
+    sample = next(iter(Sentences(sources, skip_broken=arguments.skip_broken)))
     print("sample: " + " ".join(tokenizer.backend.encode(sample[:200]).tokens))
 
 

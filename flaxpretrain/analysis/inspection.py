@@ -18,6 +18,7 @@ from flaxpretrain.shapes import Batch, Int, Numpy
 
 _BINS = 10
 _BAR = 40
+_SAMPLED_ROWS = 16
 _LONGEST_RUN = 16
 """Runs of more masked tokens are counted together."""
 
@@ -88,13 +89,16 @@ def _hidden_runs(batch: Batch, kinds: np.ndarray, vocabulary: Vocabulary) -> np.
 class Inspection:
     """Counts over some batches.
 
-    row_tokens: of each row, tokens that are no padding. piece_tokens: of each piece of text.
-    runs: how often so many neighbouring tokens were hidden in one go. kinds: how many tokens of
-    each. unknown: tokens of text that the vocabulary lacks, of `text` tokens looked at.
+    length: of the longest rows. positions: of all rows. row_tokens: of each row, tokens that are no
+    padding. piece_tokens: of each piece of text. runs: how often so many neighbouring tokens were
+    hidden in one go. kinds: how many tokens of each. unknown: tokens of text that the vocabulary
+    lacks, of `text` tokens looked at.
     target_length, target_tokens: of decoders, as length and row_tokens; 0 and empty without one.
+    sample: kinds of the tokens of a few rows [R, L].
     """
 
     length: int
+    positions: int
     row_tokens: np.ndarray
     piece_tokens: np.ndarray
     runs: Mapping[int, int]
@@ -104,12 +108,12 @@ class Inspection:
     target_length: int
     target_tokens: np.ndarray
     predictions: float
+    sample: np.ndarray
 
     @property
     def padding_share(self) -> float:
         """Which part of the positions is padding, on both sides of an encoder-decoder together."""
-        positions = self.length * len(self.row_tokens)
-        positions += self.target_length * len(self.target_tokens)
+        positions = self.positions + self.target_length * len(self.target_tokens)
         return 1 - (self.row_tokens.sum() + self.target_tokens.sum()) / positions
 
     @property
@@ -119,17 +123,20 @@ class Inspection:
 
 
 def inspect(batches: Iterable[Batch], vocabulary: Vocabulary) -> Inspection:
-    """Counts what is in batches of one shape.
+    """Counts what is in batches; rows may be of several lengths.
 
     Raises:
         UserError: there are none.
     """
     rows, pieces, targets, runs = [], [], [], []
     kinds, unknown, text, predictions = np.zeros(len(Kind), np.int64), 0, 0, 0.0
-    length = target_length = 0
+    length = target_length = positions = 0
+    sample = np.zeros((0, 0), np.int64)
     for batch in batches:
-        length = batch["input_ids"].shape[1]
+        length = max(length, batch["input_ids"].shape[1])
+        positions += batch["input_ids"].size
         segments, of_batch = batch["segment_ids"], kinds_of(batch, vocabulary)
+        sample = sample if rows else of_batch[:_SAMPLED_ROWS]
         kinds += np.bincount(of_batch.ravel(), minlength=len(Kind))
         rows.append((segments > 0).sum(axis=1))
         places = np.arange(len(segments))[:, None] * (segments.max(initial=0) + 1) + segments
@@ -156,6 +163,7 @@ def inspect(batches: Iterable[Batch], vocabulary: Vocabulary) -> Inspection:
     found = np.minimum(np.concatenate(runs), _LONGEST_RUN)
     return Inspection(
         length=length,
+        positions=positions,
         row_tokens=np.concatenate(rows),
         piece_tokens=np.concatenate(pieces),
         runs={int(n): int(c) for n, c in zip(*np.unique(found, return_counts=True), strict=True)},
@@ -165,6 +173,7 @@ def inspect(batches: Iterable[Batch], vocabulary: Vocabulary) -> Inspection:
         target_length=target_length,
         target_tokens=np.concatenate(targets) if targets else np.zeros(0, np.int64),
         predictions=predictions,
+        sample=sample,
     )
 
 
@@ -172,7 +181,7 @@ def report(found: Inspection) -> list[str]:
     """The counts as lines with bars."""
     count = len(found.row_tokens)
     lines = [
-        f"{count:,} rows of {found.length} tokens"
+        f"{count:,} rows of {found.length} tokens{_or_less(found)}"
         + (f" and targets of {found.target_length}" if found.target_length else "")
         + f": {found.padding_share:.2%} padding, "
         f"{len(found.piece_tokens) / max(count, 1):.2f} pieces a row, "
@@ -194,6 +203,10 @@ def report(found: Inspection) -> list[str]:
         lines.append(f"tokens hidden in one go (mean {mean:.2f})")
         lines += _bars([(_run_name(n), c) for n, c in found.runs.items()])
     return lines
+
+
+def _or_less(found: Inspection) -> str:
+    return "" if found.positions == found.length * len(found.row_tokens) else " or less"
 
 
 def _run_name(length: int) -> str:
@@ -274,7 +287,7 @@ LEGEND = Text.assemble(
 
 
 def picture(found: Inspection, path: Path, title: str) -> None:
-    """The same as a picture of four panels; the suffix says the format.
+    """The same as a picture: some rows in colour, and four charts; the suffix says the format.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -284,27 +297,80 @@ def picture(found: Inspection, path: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("--picture needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    rows, pieces, runs, tokens = figure.subplots(2, 2).ravel()
-    rows.hist(found.row_tokens, bins=40, range=(0, found.length), label="read")
+    figure.suptitle(title, fontsize="x-large")
+    panels = figure.subplot_mosaic("tt;rp;mk", height_ratios=(1.1, 1, 1))
+    _draw_rows(panels["t"], found)
+    rows, pieces, runs, tokens = (panels[name] for name in "rpmk")
+    bins = {"bins": 40, "range": (0, found.length)}
+    rows.hist(found.row_tokens, label="read", color=_BARS, **bins)
     if len(found.target_tokens):
         most = (0, found.target_length)
         rows.hist(found.target_tokens, bins=40, range=most, alpha=0.6, label="to say")
-        rows.legend()
-    rows.set(title=f"Tokens a row ({found.padding_share:.2%} padding)", xlabel="tokens")
-    pieces.hist(found.piece_tokens, bins=40, range=(0, found.length))
-    pieces.set(title="Tokens a piece of text", xlabel="tokens")
-    runs.bar([_run_name(n) for n in found.runs], list(found.runs.values()))
-    runs.set(title="Tokens hidden in one go", xlabel="tokens")
-    names = [kind.name.lower() for kind in Kind]
-    tokens.bar(names, [found.kinds[kind] for kind in Kind])
-    tokens.set(title=f"Kinds of tokens ({found.unknown_share:.3%} unknown)", yscale="symlog")
+        rows.legend(frameon=False)
+    title = f"Tokens a row ({found.padding_share:.2%} padding)"
+    rows.set(title=title, xlabel="tokens", ylabel="rows")
+    pieces.hist(found.piece_tokens, color=_BARS, **bins)
+    pieces.set(title="Tokens a piece of text", xlabel="tokens", ylabel="pieces")
+    names, counts = [_run_name(n) for n in found.runs], list(found.runs.values())
+    _label(runs, runs.bar(names, counts, color=_COLOURS[Kind.MASKED]), counts)
+    runs.set(title="Tokens hidden in one go", xlabel="tokens", ylabel="times")
+    names, counts = [kind.name.lower() for kind in Kind], [found.kinds[kind] for kind in Kind]
+    bars = tokens.bar(names, counts, color=[_COLOURS[kind] for kind in Kind])
+    _label(tokens, bars, counts)
+    tokens.set(title=f"Kinds of tokens ({found.unknown_share:.3%} unknown)", yticks=[])
+    for panel in (rows, pieces, runs, tokens):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(y=0.12)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"--picture {path} cannot be written: {error}") from error
+
+
+_BARS = "#4c72b0"
+_COLOURS = {
+    Kind.PADDING: "#ffffff",
+    Kind.SPECIAL: "#55596b",
+    Kind.TEXT: "#d5dbe8",
+    Kind.MASKED: "#c8352f",
+    Kind.RANDOM: "#e5a50a",
+    Kind.KEPT: "#2aa1b3",
+}
+"""Of a picture; as on a terminal, red, yellow and cyan are what the model must predict."""
+
+
+def _draw_rows(panel: Any, found: Inspection) -> None:
+    """A line a row, a dot a token."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = [_COLOURS[kind] for kind in Kind]
+    panel.imshow(
+        found.sample, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5,
+        aspect="auto", interpolation="nearest",
+    )  # fmt: skip
+    # White lines between the rows.
+    panel.set_yticks(np.arange(1, len(found.sample)) - 0.5, labels=[])
+    panel.grid(axis="y", color="white", linewidth=1.5)
+    panel.tick_params(left=False)
+    panel.set(title=f"The first {len(found.sample)} rows", xlabel="position")
+    present = [kind for kind in Kind if found.kinds[kind]]
+    panel.legend(
+        handles=[
+            Patch(facecolor=_COLOURS[kind], edgecolor="#999999", label=kind.name.lower())
+            for kind in present
+        ],
+        ncols=len(present), loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False,
+    )  # fmt: skip
+
+
+def _label(panel: Any, bars: Any, counts: Sequence[int]) -> None:
+    """Writes the share of each bar above it."""
+    total = max(sum(counts), 1)
+    if len(counts) <= 2 * _BINS:
+        panel.bar_label(bars, [f"{count / total:.1%}" for count in counts], fontsize="small")
 
 
 __all__ = [

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxpretrain.config import Phase, Run, dataset_folder, render
+from flaxpretrain.data.buckets import BucketedPlan
 from flaxpretrain.data.store import Dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
@@ -100,20 +101,21 @@ def cost_lines(
     positions = 0
     for number, phase in enumerate(phases):
         steps = phase.steps or 0
-        each = assembly.flops_per_step(phase, vocabulary)
+        plan = None if dataset is None else row_plan(run, dataset, run.data, phase.length)
+        each = _flops_per_step(assembly, phase, vocabulary, plan)
         flops += steps * each
         positions += steps * phase.batch_size * phase.length
         line = (
             f"phase {number}: {steps:,} steps of {phase.batch_size} rows of {phase.length} tokens"
             f" in {phase.microbatches} microbatches, {each / 1e12:.3g} TFLOP a step"
         )
-        if dataset is not None:
-            plan = row_plan(run, dataset, run.data, phase.length)
+        if plan is not None:
             line += (
                 f", {steps * phase.batch_size / plan.rows_per_epoch:.2f} epochs of "
                 f"{plan.rows_per_epoch:,} rows, {plan.padding_share:.1%} padding"
             )
         lines.append(line)
+        lines += plan.notes() if isinstance(plan, BucketedPlan) else []
     lines.append(f"total: {total_steps(phases):,} steps, {positions:,} token positions")
     if dataset is None:
         lines.append("dataset: not built yet, so epochs are not known")
@@ -135,6 +137,16 @@ def cost_lines(
         f"{kept * size / 2**30:.2f} GiB of disk"
     )
     return lines
+
+
+def _flops_per_step(assembly: Assembly, phase: Phase, vocabulary: Vocabulary, plan: Any) -> float:
+    """Of a mean step, where rows are of several lengths."""
+    if not isinstance(plan, BucketedPlan):
+        return assembly.flops_per_step(phase, vocabulary)
+    return sum(
+        share * assembly.flops_per_step(plan.shaped(phase, length), vocabulary)
+        for length, share in zip(plan.plans, plan.shares.tolist(), strict=True)
+    )
 
 
 def _itemsize(dtype: Any) -> int:

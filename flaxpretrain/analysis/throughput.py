@@ -96,14 +96,6 @@ def rate(
     )
 
 
-def compiled_step(assembly: Assembly, phase: Phase, vocabulary: Vocabulary) -> tuple[Any, float]:
-    """The executable of a phase's train step, and the seconds it took to trace and compile."""
-    started = time.perf_counter()
-    spec = assembly.batch_spec(phase, vocabulary)
-    step = assembly.train_step(phase).lower(assembly.state, spec).compile()
-    return step, time.perf_counter() - started
-
-
 class Bench:
     """One phase of a run, compiled, with its state on the devices."""
 
@@ -113,9 +105,8 @@ class Bench:
         phase: Phase,
         vocabulary: Vocabulary,
         pipeline: Batches,
-        compiled: tuple[Any, float] | None = None,
     ) -> None:
-        """Takes what `compiled_step` gave, or compiles; `pipeline` feeds the step."""
+        """Compiles the step, which `compile_seconds` tells the time of; `pipeline` feeds it."""
         self._assembly, self._phase, self._pipeline = assembly, phase, pipeline
         self.devices = int(np.size(assembly.mesh.devices))
         self.flops = assembly.flops_per_step(phase, vocabulary)
@@ -126,7 +117,9 @@ class Bench:
         synthetic = random_batch(spec, framing)
         self._resident = sharding.to_device(synthetic, assembly.mesh, phase.batch_size)
         self.tokens = real_tokens(synthetic)
-        self._step, self.compile_seconds = compiled or compiled_step(assembly, phase, vocabulary)
+        started = time.perf_counter()
+        self._step = assembly.train_step(phase).lower(assembly.state, spec).compile()
+        self.compile_seconds = time.perf_counter() - started
         self._state = assembly.initial_state()
 
     def step_alone(self, steps: int) -> Rate:

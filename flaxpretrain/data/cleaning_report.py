@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxpretrain.data.document import told
 from flaxpretrain.errors import UserError
 
 
@@ -22,6 +23,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
     ]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = [_totals("read", report, "_read")]
+    for source, lost in zip(report["sources"], report["lost"], strict=True):
+        lines += told(source, lost)
     for row in (heads, *rows):
         first, *others = (f"{c:>{w}}" for c, w in zip(row, widths, strict=True))
         lines.append("  ".join([row[0].ljust(len(first)), *others]))

@@ -30,6 +30,7 @@ from flaxpretrain.data.deduplication import (
     digest_of,
     prints_of,
 )
+from flaxpretrain.data.document import Losses
 from flaxpretrain.data.encoding import CHUNK, Chunk, chunks, in_order
 from flaxpretrain.data.shingles import word_hashes
 from flaxpretrain.data.sources import Source
@@ -62,6 +63,8 @@ class CleaningSettings:
     """A document that shares a run of so many words with a test set is dropped."""
     limit: int | None = None
     """Documents to read; None reads all."""
+    skip_broken: bool = False
+    """Whether what cannot be read is left out and counted, where by default it is an error."""
     shard_bytes: int = 1 << 26
     """Bytes of text after which a new file begins."""
 
@@ -291,6 +294,7 @@ class _Run:
         self.done, self.mark = 0, ""
         self.read = hashlib.sha256()
         self.identity = json.loads(json.dumps(_identity(sources, settings, tests)))
+        self.losses = [Losses(settings.skip_broken, notify) for _ in sources]
         self.held: list[str] = []
         self.held_bytes = 0
         self.held_prints: list[Prints] = []
@@ -299,7 +303,7 @@ class _Run:
         """Reads, cleans, judges and writes everything."""
         self._resume()
         cleaner = Cleaner(self.settings.steps, self.settings.near, self.tests, self.done)
-        read = chunks(self.sources, self.settings.limit)
+        read = chunks(self.sources, self.settings.limit, self.losses)
         checked = not self.done
         for cleaned in in_order(cleaner, read, num_processes):
             self.read.update(cleaned.digests.tobytes())
@@ -418,6 +422,7 @@ class _Run:
             "sources": [source.name for source in self.sources],
             "settings": self.identity,
             **self.counts,
+            "lost": [losses.counts() for losses in self.losses],
             "steps": {n: dataclasses.asdict(t) for n, t in self.account.tallies.items()},
             "samples": {
                 name: [{"before": before, "after": after} for _, before, after in samples]
@@ -463,6 +468,7 @@ def _identity(
         if tests is None
         else hashlib.sha256(tests.runs.tobytes() + tests.owners.tobytes()).hexdigest(),
         "limit": settings.limit,
+        "skip_broken": settings.skip_broken,
         "chunk": CHUNK,
         "shard_bytes": settings.shard_bytes,
         "sources": [source.name for source in sources],

@@ -1,7 +1,7 @@
 """A document, and what reading documents left out."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flaxpretrain.errors import UserError
 
@@ -71,6 +71,17 @@ class Losses:
         return {reason: count for reason, count in found.items() if count}
 
 
+def told(name: str, counts: Mapping[str, int]) -> list[str]:
+    """What a source lost, as `Losses.counts` has it, in a line; none where it lost nothing."""
+    words = {
+        "broken": "left out as broken",
+        "empty": "records without text",
+        "replaced": "lines with bytes that are not UTF-8, now U+FFFD",
+    }
+    what = "; ".join(f"{count:,} {words.get(reason, reason)}" for reason, count in counts.items())
+    return [f"{name}: {what}"] if what else []
+
+
 def blank(line: str) -> bool:
     """Whether a line has nothing but white space."""
     return not line or line.isspace()
@@ -90,4 +101,12 @@ def documents_of(sentences: Sequence[str]) -> Iterator[Document]:
         yield Document(tuple(held))
 
 
-__all__ = ["LONGEST_DOCUMENT", "LONGEST_LINE", "Document", "Losses", "blank", "documents_of"]
+__all__ = [
+    "LONGEST_DOCUMENT",
+    "LONGEST_LINE",
+    "Document",
+    "Losses",
+    "blank",
+    "documents_of",
+    "told",
+]

@@ -1,7 +1,6 @@
 """The batches of a mixture: rows of several datasets, each framed for its own task."""
 
 import bisect
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,8 +9,7 @@ import numpy as np
 from flaxpretrain.config import Phase
 from flaxpretrain.data.framing import ArraySpec, Framing
 from flaxpretrain.data.mixing import MixedData, Mixing, Stretch, Turns
-from flaxpretrain.data.pipeline import Batches, RowsOf, RowStream, resolve
-from flaxpretrain.data.randomness import fold
+from flaxpretrain.data.pipeline import Batches, RowsOf, RowStream, own_seed, resolve
 from flaxpretrain.data.rows import RowPlan
 from flaxpretrain.data.store import Split
 from flaxpretrain.errors import UserError
@@ -84,15 +82,21 @@ class MixedPipeline(Batches):
             UserError: a split is empty, a length too small, or tasks make different arrays.
         """
         self.names = [part.name for part in data.parts]
+        for part in data.parts:
+            if not (part.layout or data.layout).one_length:
+                raise UserError(
+                    f"data.parts: {part.name} has rows of several lengths, and a batch of a "
+                    "mixture has rows of one: use Documents() or SentencePairs(), which pack"
+                )
         lengths = sorted({phase.length for phase in phases})
         self.streams = {
-            part.name: RowStream(
+            part.name: RowStream.of(
                 splits[part.name],
                 part.layout or data.layout,
                 lambda length, name=part.name: framing_of(name, length),
                 lengths,
-                order_seed=_own_seed(order_seed, part.name),
-                noise_seed=_own_seed(noise_seed, part.name),
+                order_seed=own_seed(order_seed, part.name),
+                noise_seed=own_seed(noise_seed, part.name),
                 duplication=data.duplication,
             )
             for part in data.parts
@@ -218,12 +222,6 @@ class MixedPipeline(Batches):
                     batch[name] = np.empty((len(part), *array.shape[1:]), array.dtype)
                 batch[name][mine] = array
         return batch
-
-
-def _own_seed(seed: int, name: str) -> int:
-    """A part's own seed: equal row numbers of two datasets share no draws."""
-    root = np.full(1, seed & ((1 << 64) - 1), np.uint64)
-    return int(fold(root, zlib.crc32(name.encode()))[0])
 
 
 __all__ = ["MixedPipeline", "MixedPlan", "mixed_plan"]

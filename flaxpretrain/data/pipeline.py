@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,7 +22,7 @@ import numpy as np
 
 from flaxpretrain.config import Phase
 from flaxpretrain.data.framing import ArraySpec, Framing
-from flaxpretrain.data.randomness import Stream, permute, row_keys
+from flaxpretrain.data.randomness import Stream, fold, permute, row_keys
 from flaxpretrain.data.rows import Layout, RowPlan, epoch_keys
 from flaxpretrain.data.store import Split
 from flaxpretrain.errors import UserError
@@ -104,28 +105,41 @@ class RowStream:
 
     def __init__(
         self,
-        split: Split,
-        layout: Layout,
-        framing_of: Callable[[int], Framing],
-        lengths: Iterable[int],
+        plans: Mapping[int, RowPlan],
+        framings: Mapping[int, Framing],
         *,
         order_seed: int,
         noise_seed: int,
         duplication: int | None = None,
     ) -> None:
-        """Plans every length; `Pipeline` says what the arguments are.
+        """Plans and framings by length; `Pipeline` says what the others are.
+
+        Raises:
+            UserError: an impossible duplication.
+        """
+        if duplication is not None and duplication < 1:
+            raise UserError(f"data.duplication must be positive or None; got {duplication}")
+        self.plans, self.framings = plans, framings
+        self.order_seed, self.noise_seed = order_seed, noise_seed
+        self.duplication = duplication
+
+    @classmethod
+    def of(
+        cls,
+        split: Split,
+        layout: Layout,
+        framing_of: Callable[[int], Framing],
+        lengths: Iterable[int],
+        **options: Any,
+    ) -> "RowStream":
+        """Plans every length.
 
         Raises:
             UserError: the split is empty, or a length is too small.
         """
-        if duplication is not None and duplication < 1:
-            raise UserError(f"data.duplication must be positive or None; got {duplication}")
-        self.framings = {length: layout.framing(framing_of(length)) for length in lengths}
-        self.plans = {
-            length: layout.fill(split, framing.room()) for length, framing in self.framings.items()
-        }
-        self.order_seed, self.noise_seed = order_seed, noise_seed
-        self.duplication = duplication
+        framings = {length: layout.framing(framing_of(length)) for length in lengths}
+        plans = {length: layout.fill(split, f.room()) for length, f in framings.items()}
+        return cls(plans, framings, **options)
 
     def take(self, length: int, number: Int[Numpy, " B"], step: int) -> dict[str, np.ndarray]:
         """The batch of the rows with these numbers, in which an epoch follows the one before."""
@@ -170,6 +184,10 @@ class Batches(abc.ABC):
         )
         begun = step - (self._ends[number] - (phase.steps or 0))
         return Position(number, phase, cursor + begun * phase.batch_size)
+
+    def shape(self, step: int) -> Phase:
+        """The rows of a step, their length and number: those of its phase, as a rule."""
+        return self.position(step).phase
 
     @abc.abstractmethod
     def epoch(self, step: int) -> float:
@@ -232,7 +250,7 @@ class Pipeline(Batches):
         Raises:
             UserError: the split is empty, or a length is too small.
         """
-        self._stream = RowStream(
+        self._stream = RowStream.of(
             split,
             layout,
             framing_of,
@@ -244,12 +262,12 @@ class Pipeline(Batches):
         super().__init__(resolve(phases, self.plans.__getitem__))
 
     @property
-    def plans(self) -> dict[int, RowPlan]:
+    def plans(self) -> Mapping[int, RowPlan]:
         """By length."""
         return self._stream.plans
 
     @property
-    def framings(self) -> dict[int, Framing]:
+    def framings(self) -> Mapping[int, Framing]:
         """By length."""
         return self._stream.framings
 
@@ -342,6 +360,12 @@ def _evaluate(
         piece_lengths = piece_lengths * real[:, None]
         # Step 0: evaluation knows no schedule of rates.
         yield _assemble(plan, framing, starts, piece_lengths, row_keys(seed, epoch, chosen), 0)
+
+
+def own_seed(seed: int, name: str) -> int:
+    """The seed of one of several streams: equal row numbers of two of them share no draws."""
+    root = np.full(1, seed & ((1 << 64) - 1), np.uint64)
+    return int(fold(root, zlib.crc32(name.encode()))[0])
 
 
 class _Failure(NamedTuple):

@@ -6,6 +6,7 @@ lies. Nothing is stored per epoch: a row's views are a pure function of (seed, e
 
 import abc
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -115,6 +116,9 @@ class RowPlan(abc.ABC):
 
 class Layout(abc.ABC):
     """How text becomes rows; a frozen value that recipes state."""
+
+    one_length: ClassVar[bool] = True
+    """Whether all rows of a phase have its length."""
 
     @abc.abstractmethod
     def fill(self, split: Split, room: Room) -> RowPlan:
@@ -266,31 +270,53 @@ class Documents(Layout):
 
     def fill(self, split: Split, room: Room) -> "DocumentPlan":
         """Rows of one or more pieces."""
-        require_text(split)
         room.require_pieces("Documents()")
-        capacity = room.capacity
-        offsets = np.asarray(split.document_offsets, np.int64)
-        whole, rest = np.divmod(np.diff(offsets), capacity)
-        ordinal = np.arange(whole.sum()) - np.repeat(np.cumsum(whole) - whole, whole)
-        whole_starts = np.repeat(offsets[:-1], whole) + ordinal * capacity
-        order = np.argsort(rest.astype(np.int32), kind="stable")
-        order = order[rest[order] > 0]
-        rest_starts = offsets[order] + whole[order] * capacity
-        histogram = np.bincount(rest, minlength=capacity + 1)
-        histogram[0], histogram[capacity] = 0, whole.sum()
-        packing = pack(histogram, room.budget, room.sizes - np.arange(capacity + 1))
-        return DocumentPlan(
-            split=split,
-            length=room.length,
-            capacity=capacity,
-            rows_per_epoch=packing.rows,
-            real_tokens_per_epoch=int(histogram @ room.tokens),
-            max_pieces=packing.lengths.shape[1],
-            packing=packing,
-            piece_starts=np.concatenate([rest_starts, whole_starts]),
-            histogram=histogram,
-            first_of_length=np.cumsum(histogram) - histogram,
-        )
+        return document_plan(split, room)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedDocuments(Layout):
+    """Each piece of a document in a row of its own, padded: the longest pieces in the first rows.
+
+    What packing saves, and what `LengthBuckets` puts into shorter rows.
+    """
+
+    def fill(self, split: Split, room: Room) -> "DocumentPlan":
+        """Rows of one piece."""
+        room.require_pieces("PaddedDocuments()")
+        return document_plan(split, room, most=1)
+
+
+def document_plan(split: Split, room: Room, most: int | None = None) -> "DocumentPlan":
+    """Pieces of documents in rows that hold `most` of them at most, if that is given.
+
+    Raises:
+        UserError: the split is empty.
+    """
+    require_text(split)
+    capacity = room.capacity
+    offsets = np.asarray(split.document_offsets, np.int64)
+    whole, rest = np.divmod(np.diff(offsets), capacity)
+    ordinal = np.arange(whole.sum()) - np.repeat(np.cumsum(whole) - whole, whole)
+    whole_starts = np.repeat(offsets[:-1], whole) + ordinal * capacity
+    order = np.argsort(rest.astype(np.int32), kind="stable")
+    order = order[rest[order] > 0]
+    rest_starts = offsets[order] + whole[order] * capacity
+    histogram = np.bincount(rest, minlength=capacity + 1)
+    histogram[0], histogram[capacity] = 0, whole.sum()
+    packing = pack(histogram, room.budget, room.sizes - np.arange(capacity + 1), most=most)
+    return DocumentPlan(
+        split=split,
+        length=room.length,
+        capacity=capacity,
+        rows_per_epoch=packing.rows,
+        real_tokens_per_epoch=int(histogram @ room.tokens),
+        max_pieces=packing.lengths.shape[1],
+        packing=packing,
+        piece_starts=np.concatenate([rest_starts, whole_starts]),
+        histogram=histogram,
+        first_of_length=np.cumsum(histogram) - histogram,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -337,9 +363,11 @@ __all__ = [
     "DocumentPlan",
     "Documents",
     "Layout",
+    "PaddedDocuments",
     "RowPlan",
     "WholeBlocks",
     "cycle_plan",
+    "document_plan",
     "epoch_keys",
     "require_text",
 ]

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from flaxpretrain.data.document import told
 from flaxpretrain.data.rows import Blocks, Documents
 from flaxpretrain.data.segments import SegmentPlan, recorded_layout
 from flaxpretrain.data.sentence_pairs import PairedFraming, SentencePairs
@@ -12,17 +13,9 @@ from flaxpretrain.errors import UserError
 
 def losses(dataset: Dataset) -> list[str]:
     """A line for each source of which something was left out or changed, and why."""
-    words = {
-        "broken": "left out as broken",
-        "empty": "records without text",
-        "replaced": "lines with bytes that are not UTF-8, now U+FFFD",
-    }
     lines = []
     for source in dataset.metadata["sources"]:
-        lost = source.get("lost", {})
-        if lost:
-            what = "; ".join(f"{count:,} {words.get(name, name)}" for name, count in lost.items())
-            lines.append(f"{source['name']}: {what}")
+        lines += told(source["name"], source.get("lost", {}))
     read = sum(source["documents"] for source in dataset.metadata["sources"])
     kept = sum(split.documents for split in dataset.splits.values())
     if kept < read:

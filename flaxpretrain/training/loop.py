@@ -225,34 +225,41 @@ class _Training:
     def _run_phase(self, phase: Phase, last: int, preemption: Preemption) -> bool:
         """Runs the steps of a phase that are left; True when asked to stop."""
         session = self._session
-        step_function = _StepFunction(session.assembly.train_step(phase))
+        step_function = session.assembly.train_step(phase)
+        flops: dict[Phase, float] = {}
         while session.step < last:
             with contextlib.suppress(_Rewound):
-                return self._run_steps(phase, last, preemption, step_function)
+                return self._run_steps(last, preemption, step_function, flops)
         return False
 
     def _run_steps(
-        self, phase: Phase, last: int, preemption: Preemption, step_function: "_StepFunction"
+        self,
+        last: int,
+        preemption: Preemption,
+        step_function: Callable[..., Any],
+        flops: dict[Phase, float],
     ) -> bool:
+        """Runs steps up to `last`; `flops` are those of the shapes that are compiled."""
         session, meter, ledger = self._session, self._meter, self._ledger
-        mesh = session.assembly.mesh
-        rows = functools.partial(sharding.process_rows, mesh)
-        flops = session.assembly.flops_per_step(phase, session.dataset.vocabulary)
+        assembly = session.assembly
+        rows = functools.partial(sharding.process_rows, assembly.mesh)
         loaded: Any = session.pipeline.iterate(session.step, last, rows)
         with contextlib.closing(loaded) as batches:
             while session.step < last:
-                placed = sharding.to_device(self._next(batches), mesh, phase.batch_size)
-                if step_function.fresh:
-                    # The first call compiles: its time is nobody's speed.
+                shape = session.pipeline.shape(session.step)
+                placed = sharding.to_device(self._next(batches), assembly.mesh, shape.batch_size)
+                if shape not in flops:
+                    # The first call of a shape compiles: its time is nobody's speed.
                     ledger.enter(COMPILE)
                     session.state, metrics = step_function(session.state, placed)
                     jax.block_until_ready(metrics)
+                    flops[shape] = assembly.flops_per_step(shape, session.dataset.vocabulary)
                     meter.start_clock()
                     ledger.enter(STEPS)
                 else:
                     session.state, metrics = step_function(session.state, placed)
                 session.step += 1
-                self._report(meter.exchange(session.step, metrics, flops))
+                self._report(meter.exchange(session.step, metrics, flops[shape]))
                 if self._between_steps(last, preemption):
                     return True
         return False
@@ -324,14 +331,3 @@ class _Training:
 
 class _Rewound(Exception):
     """The session stands at another step now."""
-
-
-class _StepFunction:
-    """A step function that knows whether it was called."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function, self.fresh = function, True
-
-    def __call__(self, *arguments: Any) -> Any:
-        self.fresh = False
-        return self._function(*arguments)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 import flaxpretrain
 from flaxpretrain.config import Data, Phase, Run, dataset_folder, render
+from flaxpretrain.data.buckets import BucketedPlan, BucketPipeline, LengthBuckets
 from flaxpretrain.data.mixed_pipeline import MixedPipeline, MixedPlan, mixed_plan
 from flaxpretrain.data.mixing import MixedData, MixedDataset, Mixing, Stretch, open_mixed, prolonged
 from flaxpretrain.data.pipeline import Batches, Pipeline, resolve
@@ -179,7 +180,9 @@ def dataset_identity(dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def row_plan(run: Run, dataset: Dataset, data: Data, length: int) -> RowPlan | MixedPlan:
+def row_plan(
+    run: Run, dataset: Dataset, data: Data, length: int
+) -> RowPlan | MixedPlan | BucketedPlan:
     """The rows that a split, or the parts of a mixture, give at a length."""
     if isinstance(data, MixedData):
         plans = []
@@ -189,6 +192,9 @@ def row_plan(run: Run, dataset: Dataset, data: Data, length: int) -> RowPlan | M
             framing = layout.framing(objective.framing(dataset.vocabulary, length))
             plans.append(layout.fill(dataset.split(f"{part.name}/{part.split}"), framing.room()))
         return mixed_plan(data.mixing(), plans)
+    if isinstance(data.layout, LengthBuckets):
+        framing_of = functools.partial(run.objective.framing, dataset.vocabulary)
+        return data.layout.plan_buckets(dataset.split(data.split), framing_of, length)
     framing = data.layout.framing(run.objective.framing(dataset.vocabulary, length))
     return data.layout.fill(dataset.split(data.split), framing.room())
 
@@ -213,10 +219,11 @@ def open_pipeline(
             noise_seed=run.seeds.noise,
             history=history,
         )
-    return Pipeline(
+    pipeline = BucketPipeline if isinstance(run.data.layout, LengthBuckets) else Pipeline
+    return pipeline(
         dataset.split(run.data.split),
         run.data.layout,
-        lambda length: run.objective.framing(dataset.vocabulary, length),
+        functools.partial(run.objective.framing, dataset.vocabulary),
         phases,
         order_seed=run.seeds.order,
         noise_seed=run.seeds.noise,

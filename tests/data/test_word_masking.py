@@ -244,6 +244,16 @@ def test_words_that_overflow_the_slots_are_left_out_whole():
     assert set(np.unique(masked.weights.sum(1) % 12)) <= {0.0, 6.0}
 
 
+@pytest.mark.parametrize("masking", [WordMasking(), NgramMasking()], ids=repr)
+def test_a_word_longer_than_the_budget_stays_and_others_are_masked_in_its_place(masking):
+    alone = full_rows(masking, 50, [126])
+    assert not alone.weights.any()
+    assert (alone.input_ids == recognisable(128).astype(np.int32)).all()
+    beside = full_rows(masking, 50, [60, *[1] * 66])
+    assert (beside.weights.sum(1) > 0).all()
+    assert beside.positions[beside.weights > 0].min() > 60
+
+
 def test_long_chinese_words_always_begin_an_ngram():
     masked = full_rows(LongWordMasking(rate=0.1, weights=(1.0,)), 300, [1, 4])
     starts = np.arange(2, 126, 5)

@@ -15,7 +15,7 @@ from flaxpretrain.objectives.objective import Sum
 from flaxpretrain.training.assembly import check_interface
 from tests import toys
 from tests.data.test_framing import random_rows
-from tests.tolerances import REMAT_FLOAT32
+from tests.tolerances import GRADIENTS_FLOAT32, REMAT_FLOAT32
 
 OBJECTIVE = CausalLM(terms={"causal_lm": 1.0, "z_loss": 1e-2})
 MODEL = model_of(toys.gpt2().build)
@@ -141,6 +141,28 @@ def test_another_document_of_the_row_matters_only_across_documents(params):
         other = batch | {"input_ids": jnp.where(inside[row : row + 1] == 1, 7, batch["input_ids"])}
         totals = [jitted(CausalLM(), params, b)["causal_lm"].total for b in (batch, other)]
         assert (totals[0] != totals[1]) == depends
+
+
+def test_a_packed_row_teaches_what_its_documents_teach_alone(params):
+    row = int(np.argmax(np.asarray(BATCH["segment_ids"]).max(axis=1)))
+    packed = {name: np.asarray(array[row : row + 1]) for name, array in BATCH.items()}
+    documents = int(packed["segment_ids"].max())
+    alone = {n: np.zeros((documents, *a.shape[1:]), a.dtype) for n, a in packed.items()}
+    for number in range(documents):
+        here = packed["segment_ids"][0] == number + 1
+        for name in ("input_ids", "position_ids", "labels", "label_weights"):
+            alone[name][number, : here.sum()] = packed[name][0][here]
+        alone["segment_ids"][number, : here.sum()] = 1
+
+    @jax.jit
+    def gradient(params, batch):
+        return jax.grad(lambda p: OBJECTIVE.loss(MODEL, p, batch, None)["causal_lm"].total)(params)
+
+    assert documents > 1
+    here, apart = gradient(params, packed), gradient(params, alone)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(apart))
+    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=GRADIENTS_FLOAT32 * largest)
 
 
 def test_the_summary_is_of_means_the_perplexity_and_bits_per_byte(tmp_path):

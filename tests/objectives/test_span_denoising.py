@@ -17,7 +17,7 @@ from flaxpretrain.models.functional import model_of
 from flaxpretrain.objectives.span_denoising import SpanDenoising
 from flaxpretrain.training.assembly import check_interface, random_batch
 from tests import toys
-from tests.tolerances import LOSS_REORDERED
+from tests.tolerances import GRADIENTS_FLOAT32, LOSS_REORDERED
 
 VOCABULARY = dataclasses.replace(toys.VOCABULARY, sentinels=tuple(range(299, 259, -1)))
 LENGTH = 24
@@ -92,11 +92,21 @@ def test_the_loss_is_the_cross_entropy_of_the_targets(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_packed_row_scores_as_its_pieces_alone(name):
+def test_a_packed_row_scores_and_teaches_as_its_pieces_alone(name):
     """And rows without text not at all."""
     model, params = params_of(MODELS[name])
+
+    @jax.jit
+    def loss_and_gradient(params, batch):
+        def total(params):
+            found = T5.loss(model, params, batch, None)["denoising"]
+            return found.total, found
+
+        (_, found), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        return found, gradient
+
     batch = batch_of(T5, [(6, 5, 4), ()])
-    packed = loss(T5, model, params, batch)["denoising"]
+    packed, packed_gradient = loss_and_gradient(params, batch)
     batch = jax.device_get(batch)
     alone = {n: np.zeros((3, *a.shape[1:]), a.dtype) for n, a in batch.items()}
     for piece in range(3):
@@ -106,9 +116,14 @@ def test_a_packed_row_scores_as_its_pieces_alone(name):
             arrays = [side + n for n in names] + ["labels", "label_weights"] * bool(side)
             for array in arrays:
                 alone[array][piece, : here.sum()] = batch[array][0][here]
-    apart = loss(T5, model, params, alone)["denoising"]
+    apart, apart_gradient = loss_and_gradient(params, alone)
     assert float(packed.weight) == float(apart.weight)
     assert float(packed.total) == pytest.approx(float(apart.total), rel=LOSS_REORDERED)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(apart_gradient))
+    for one, other in zip(
+        jax.tree.leaves(packed_gradient), jax.tree.leaves(apart_gradient), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=0, atol=GRADIENTS_FLOAT32 * largest)
 
 
 def test_chunks_change_neither_the_loss_nor_its_gradient():

@@ -52,6 +52,20 @@ def test_test_sets(tool, corpus, tmp_path):
     assert "bridge" not in text and "river" in text
 
 
+def test_what_is_broken_stops_the_cleaning_or_is_left_out_and_counted(
+    tool, corpus, tmp_path, capsys
+):
+    (corpus / "b.jsonl").write_text('{"text": "A third one."}\n{"text": "cut\n{"text": " "}\n')
+    with pytest.raises(UserError, match="b.jsonl, line 2: no JSON"):
+        clean(tool, corpus, tmp_path / "clean")
+    assert not (tmp_path / "clean").exists()
+    assert "A third one." in clean(tool, corpus, tmp_path / "clean", "--skip-broken")
+    said = capsys.readouterr()
+    assert "text: 1 left out as broken; 1 records without text" in said.out
+    assert "left out: " in said.err and "b.jsonl, line 2" in said.err
+    assert "left out as broken" in (tmp_path / "clean" / "report.txt").read_text("utf-8")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -54,6 +54,22 @@ def test_extension_and_report_of_languages(tool, corpus, tmp_path, capsys):
     assert before.items() < after.items()
 
 
+def test_what_is_broken_stops_the_training_or_is_left_out_and_counted(
+    tool, corpus, tmp_path, capsys
+):
+    lines = ['{"text": "The river runs."}', '{"text": "cut', '{"text": ""}']
+    (corpus / "b.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["--corpus-dir", str(corpus), "--vocab-size", "90", "--output-dir"]
+    with pytest.raises(UserError, match="b.jsonl, line 2: no JSON"):
+        tool("train_tokenizer").main([*arguments, str(tmp_path / "t")])
+    assert not (tmp_path / "t").exists()
+    tool("train_tokenizer").main([*arguments, str(tmp_path / "t"), "--skip-broken"])
+    said = capsys.readouterr()
+    assert "text: 1 left out as broken; 1 records without text" in said.out
+    # Told in the first of all passes over the text.
+    assert said.err.count("left out: ") == 1
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
