@@ -24,7 +24,7 @@ from flaxpretrain.models.layers import (
     zeros,
 )
 from flaxpretrain.models.memory import Kept
-from flaxpretrain.models.partition import context_size, on_each_device, whole_rows
+from flaxpretrain.models.partition import context_size, flat, on_each_device, whole_rows
 
 NEVER = -1e30
 """Score of a pair of tokens that may not look at each other: finite, so no row becomes NaN."""
@@ -344,7 +344,7 @@ class Merge(nnx.Module):
         y = jnp.einsum(f"{layout},HKD->BLD", context, self.kernel[...])
         if self.bias is None:
             return y
-        return add_bias(y.reshape(-1, y.shape[-1]), self.bias[...]).reshape(y.shape)
+        return add_bias(flat(y), self.bias[...]).reshape(y.shape)
 
 
 def project(

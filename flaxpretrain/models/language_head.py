@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.attention import NEVER
 from flaxpretrain.models.layers import Initializer, normal, zeros
+from flaxpretrain.models.partition import flat, over_context
 
 Part = TypeVar("Part")
 
@@ -27,10 +28,12 @@ def vocabulary_logits(
     bias: Float[Array, "V"] | None = None,
 ) -> Float[Array, "*B V"]:
     """Scores in float32; those of the padded vocabulary's extra tokens are hugely negative."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = flat(hidden if hidden.ndim < 3 else over_context(hidden))
     logits = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
     added = jnp.zeros(kernel.shape[1]) if bias is None else bias.astype(jnp.float32)
-    logits += jnp.where(jnp.arange(kernel.shape[1]) < vocab_size, added, NEVER)[None]
+    logits += jnp.where(jnp.arange(kernel.shape[1]) < vocab_size, added, NEVER).reshape(
+        *[1] * (rows.ndim - 1), -1
+    )
     return logits.reshape(*hidden.shape[:-1], -1)
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt
 
 from flaxpretrain.errors import UserError
+from flaxpretrain.models.partition import flat
 
 
 def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
@@ -63,9 +64,9 @@ def lean(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 @jax.custom_vjp
-def add_bias(rows: Float[Array, "N F"], bias: Float[Array, "F"]) -> Float[Array, "N F"]:
+def add_bias(rows: Float[Array, "*N F"], bias: Float[Array, "F"]) -> Float[Array, "*N F"]:
     """A bias added to every row."""
-    return rows + bias[None]
+    return rows + jnp.expand_dims(bias, range(rows.ndim - 1))
 
 
 def _bias_gradients(_: None, gradient: Array) -> tuple[Array, Array]:
@@ -73,6 +74,8 @@ def _bias_gradients(_: None, gradient: Array) -> tuple[Array, Array]:
 
     It turns the sum over rows into one over batch and length, which was 10 times slower.
     """
+    if gradient.ndim > 2:
+        return gradient, jnp.sum(gradient, axis=range(gradient.ndim - 1))
     summed = jax.lax.platform_dependent(
         gradient,
         cpu=lambda g: jnp.ones(g.shape[:1], g.dtype) @ g,
@@ -103,7 +106,7 @@ class Dense(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         """Over one flat axis of rows: XLA:CPU runs the backward pass of that 1.4 times faster."""
         kernel = self.kernel[...]
-        y = x.reshape(-1, x.shape[-1]) @ kernel
+        y = flat(x) @ kernel
         if self.bias is not None:
             y = add_bias(y, self.bias[...])
         return y.reshape(*x.shape[:-1], kernel.shape[1])

@@ -33,6 +33,11 @@ def whole_rows(x: Array, axis: int) -> Array:
     return _placed(x, axis, None)
 
 
+def flat(x: Array) -> Array:
+    """`x` [..., D] as rows of D; as it is where tokens lie in parts, which that would gather."""
+    return x.reshape(-1, x.shape[-1]) if context_size() == 1 else x
+
+
 def _placed(x: Array, axis: int, over: str | None) -> Array:
     if context_size() == 1:
         return x
