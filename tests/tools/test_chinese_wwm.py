@@ -88,6 +88,6 @@ def test_whole_words_are_guessed_better_than_by_frequency(trained, monkeypatch):
         objective=dataclasses.replace(subject.run.objective, masking=hidden),
     )
     counted = baselines(dataset, settings)
-    figures = evaluate(subject, dataset, settings, sharding.make_mesh(1, 1, 1), 64)
+    figures = evaluate(subject, dataset, settings, sharding.make_mesh(8), 64)
     assert counted.positions > 2_000
     assert figures["masked_lm"] < counted.unigram - LEARNT_NATS
