@@ -104,6 +104,8 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
     options: dict[str, Any] = dict(generation.options)
     if slices > 1:
         options["num_slices"] = slices
+    if int(np.prod(sizes)) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # some releases of libtpu expect four a host
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options

@@ -71,6 +71,7 @@ def test_a_topology_that_does_not_exist_is_one_clear_line(name, reason):
     ("name", "slices", "devices", "kind"),
     [
         ("v4:2x2x1", 1, 4, "TPU v4"),
+        ("v5e:1x1", 1, 1, "TPU v5 lite"),
         ("v5e:16x16", 1, 256, "TPU v5 lite"),
         ("v5e:2x2", 2, 8, "TPU v5 lite"),
         ("v5p:2x2x1", 1, 4, "TPU v5"),
