@@ -41,8 +41,10 @@ def train(data, workdir, *options):
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
+def texts(tmp_path_factory, request):
     """A folder with `general.txt`, and `reviews/good.txt` and `bad.txt`, a text a line."""
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("trains twice, for a minute on a core: run with -m slow")
     folder = tmp_path_factory.mktemp("adaptation")
     (folder / "reviews").mkdir()
     general = [*sentences(PLACES, (*PRAISE, *BLAME), 900, 0), *sentences(FILMS, PRAISE, 4, 1)]
