@@ -16,6 +16,7 @@ from typing import Any
 
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import HardwareRule, rule_for
+from flaxpretrain.locations import Location, is_remote, located
 from flaxpretrain.overrides import coerce, nearest
 from flaxpretrain.rendering import flatten, parse, render
 
@@ -94,22 +95,43 @@ def ramp(*, length: int, start: int, end: int, stages: int, steps: int) -> tuple
     )
 
 
+REMOTE_WINDOW_TOKENS = 1 << 26
+"""Two of them take some 300 MB of memory where a token takes two bytes."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Which dataset, cut into rows how.
 
     `folder` None means `dataset/` in the workdir, where `Run.prepare` puts it. `duplication`
     None means new noise every epoch; n means n fixed copies of the noise, as static masking has.
+    `window_tokens` None shuffles all rows of an epoch; n those of windows of about n tokens, which
+    are read one after another: what a dataset at a URL gets unless another n is given.
     """
 
     layout: Any
     folder: str | None = None
     split: str = "train"
     duplication: int | None = None
+    window_tokens: int | None = None
 
-    def folder_in(self, workdir: Path) -> Path:
+    def __post_init__(self) -> None:
+        """Gives a remote dataset its window."""
+        _require(
+            self.window_tokens is None or self.window_tokens > 0,
+            f"data.window_tokens must be positive or None; got {self.window_tokens}",
+        )
+        if self.window_tokens is None and self.is_remote:
+            object.__setattr__(self, "window_tokens", REMOTE_WINDOW_TOKENS)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the dataset lies in a store that answers requests."""
+        return is_remote(self.folder)
+
+    def folder_in(self, workdir: Path) -> Location:
         """Where the dataset of a run in this workdir lies."""
-        return workdir / "dataset" if self.folder is None else Path(self.folder).expanduser()
+        return workdir / "dataset" if self.folder is None else located(self.folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,7 +300,7 @@ class Run:
         )
 
 
-def dataset_folder(run: Run, workdir: Path) -> Path:
+def dataset_folder(run: Run, workdir: Path) -> Location:
     """The folder of a run's dataset; by default inside its workdir."""
     return run.data.folder_in(workdir)
 
@@ -457,10 +479,11 @@ def differences(old: Any, new: Any) -> list[str]:
             return True
         return any(path == p or path.startswith(p + ".") for p in MAY_CHANGE)
 
+    # A field that an older version did not have is one that is None.
     before, after = flatten(old), flatten(new)
     lines = []
     for path in sorted(before.keys() | after.keys()):
-        a, b = before.get(path, "absent"), after.get(path, "absent")
+        a, b = before.get(path), after.get(path)
         if a != b and not allowed(path):
             lines.append(f"{path}: {json.dumps(a)} -> {json.dumps(b)}")
     return lines

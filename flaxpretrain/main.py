@@ -8,6 +8,7 @@ Without RECIPE, --data-dir, --model-name and --hparams mean what they mean in go
 ELECTRA: the dataset is in the first, all output goes to models/ in it.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +25,7 @@ import jax
 
 from flaxpretrain import program
 from flaxpretrain.analysis.plan import print_plan
+from flaxpretrain.analysis.profile import step_times
 from flaxpretrain.config import Run, dataset_folder, load, overridden
 from flaxpretrain.conversion.init_from import weights_from
 from flaxpretrain.data.store import open_dataset
@@ -32,6 +34,7 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.evaluation.fixed_masks import evaluate, settings_of
 from flaxpretrain.evaluation.subject import open_subject
 from flaxpretrain.hardware import rule_for
+from flaxpretrain.locations import is_remote, located
 from flaxpretrain.supervisor import add_restarts
 from flaxpretrain.training import sharding
 from flaxpretrain.training.distributed import (
@@ -41,6 +44,7 @@ from flaxpretrain.training.distributed import (
     is_failed_exchange,
 )
 from flaxpretrain.training.loop import NotFinite, train
+from flaxpretrain.training.profiling import TRACES
 
 
 def parser() -> program.Parser:
@@ -60,7 +64,9 @@ def parser() -> program.Parser:
         dest="overrides",
         help="change a field of the recipe, such as steps=60 or model.hidden_size=64; repeatable",
     )
-    parser.add_argument("--data-dir", type=Path, help="folder of the dataset (data.folder)")
+    parser.add_argument(
+        "--data-dir", type=located, help="folder or URL of the dataset (data.folder)"
+    )
     parser.add_argument(
         "--model-name", help="without RECIPE: the workdir is models/MODEL_NAME in --data-dir"
     )
@@ -81,6 +87,13 @@ def parser() -> program.Parser:
     )
     parser.add_argument(
         "--allow-cpu", action="store_true", help="run a recipe made for TPU or GPU on the CPU"
+    )
+    parser.add_argument(
+        "--profile-steps",
+        type=_steps,
+        default=range(0),
+        metavar="FIRST:STOP",
+        help="trace these steps, STOP not included, for TensorBoard, and print where time goes",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     parser.add_argument(
@@ -161,7 +174,7 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
             data = dataclasses.replace(run.data, folder=str(arguments.data_dir))
             run = dataclasses.replace(run, data=data)
         workdir = arguments.workdir or Path("runs") / run.name
-    if arguments.data_dir is not None and not arguments.data_dir.is_dir():
+    if isinstance(arguments.data_dir, Path) and not arguments.data_dir.is_dir():
         raise UserError(f"--data-dir {arguments.data_dir}: there is no such folder")
     if arguments.dry_run:
         print_plan(run, workdir)
@@ -188,10 +201,31 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
         command=command,
         quiet=arguments.quiet,
         leave=peers.leave,
+        profile_steps=arguments.profile_steps,
     )
+    if arguments.profile_steps and jax.process_index() == 0:
+        say_profile(workdir)
     if hparams is not None and hparams.do_eval and code == program.EXIT_OK:
         evaluate_workdir(workdir, run, hparams)
     return code
+
+
+def _steps(text: str) -> range:
+    """Two numbers of steps, of which the second is the first one not meant."""
+    first, _, stop = text.partition(":")
+    if not (first.isdecimal() and stop.isdecimal() and 0 < int(first) < int(stop)):
+        raise argparse.ArgumentTypeError(f"expected FIRST:STOP, such as 10:13; got {text!r}")
+    return range(int(first), int(stop))
+
+
+def say_profile(workdir: Path) -> None:
+    """Prints where the time of the steps went that were traced, and keeps it in profile.txt."""
+    traces = workdir / TRACES
+    if not any(traces.rglob("*.xplane.pb")):
+        return  # the run was stopped before
+    text = "\n\n".join("\n".join(times.lines()) for times in step_times(traces))
+    (workdir / "profile.txt").write_text(text + "\n", encoding="utf-8")
+    print(text, file=sys.stderr)
 
 
 def _hparams(arguments: Any) -> HParams:
@@ -202,6 +236,11 @@ def _hparams(arguments: Any) -> HParams:
                 "give a RECIPE such as configs/quickstart.py, or, as with the original ELECTRA, "
                 f"--data-dir, --model-name and --hparams; --{name.replace('_', '-')} is missing"
             )
+    if is_remote(arguments.data_dir):
+        raise UserError(
+            f"--data-dir {arguments.data_dir}: without a RECIPE the models go into that folder, so "
+            "it must be one of this machine; give a RECIPE and --workdir"
+        )
     if Path(arguments.model_name).name != arguments.model_name:
         raise UserError(
             f"--model-name: expected a name without folders; got {arguments.model_name!r}"

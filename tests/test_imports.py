@@ -14,6 +14,7 @@ BELOW = {
     "errors",
     "shapes",
     "hardware",
+    "locations",
     "overrides",
     "rendering",
     "config",

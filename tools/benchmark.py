@@ -29,6 +29,7 @@ from flaxpretrain.data.buckets import LengthBuckets
 from flaxpretrain.data.store import Dataset, open_dataset
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of
+from flaxpretrain.locations import Location, located
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble, stand_in_vocabulary
 from flaxpretrain.training.session import open_pipeline, open_run_dataset
@@ -49,14 +50,14 @@ def parser() -> program.Parser:
         dest="overrides",
         help="change a field of the recipe, such as phases.0.batch_size=64; repeatable",
     )
-    parser.add_argument("--data-dir", type=Path, help="a dataset (default: random text)")
+    parser.add_argument("--data-dir", type=located, help="a dataset (default: random text)")
     parser.add_argument("--steps", type=int, default=25, help="steps of each measurement")
     parser.add_argument("--phase", type=int, help="only this phase, from 0 (default: all)")
     return parser
 
 
 @contextlib.contextmanager
-def opened(run: Run, folder: Path | None) -> Iterator[Dataset]:
+def opened(run: Run, folder: Location | None) -> Iterator[Dataset]:
     """The dataset to load from."""
     if folder is not None:
         data = dataclasses.replace(run.data, folder=str(folder))
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
     result = {
         **surroundings(run, mesh),
         "attention": assembly.execution.attention,
-        "data": "synthetic" if arguments.data_dir is None else dataset.folder.name,
+        "data": "synthetic" if arguments.data_dir is None else Path(dataset.folder).name,
         "steps": arguments.steps,
         "phases": [dataclasses.asdict(figures) for figures in found],
         "config": render(run),

@@ -28,6 +28,7 @@ from rich.progress import track
 from flaxpretrain import program
 from flaxpretrain.config import Data, dataset_folder, render
 from flaxpretrain.conversion.sources import load_pretrained
+from flaxpretrain.data.files import files_of
 from flaxpretrain.data.mixing import MixedData, MixedDataset, held_out, open_mixed
 from flaxpretrain.data.store import METADATA_FILE, Dataset, open_dataset
 from flaxpretrain.errors import UserError
@@ -38,6 +39,7 @@ from flaxpretrain.evaluation.fixed_masks import baselines, check_dataset, evalua
 from flaxpretrain.evaluation.subject import Subject, generation_settings, open_subject
 from flaxpretrain.generation.strategies import Beam
 from flaxpretrain.generation.writer import Writer
+from flaxpretrain.locations import Location, located
 from flaxpretrain.training.sharding import make_mesh
 
 
@@ -45,7 +47,7 @@ def parser() -> program.Parser:
     """The arguments."""
     parser = program.Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a workdir, a folder or a hub id")
-    parser.add_argument("--data-dir", type=Path, help="dataset; none: that of the workdir's run")
+    parser.add_argument("--data-dir", type=located, help="dataset; none: that of the workdir's run")
     parser.add_argument(
         "--split",
         default="validation",
@@ -131,9 +133,9 @@ def main(argv: list[str]) -> None:
             score(arguments, subject, dataset, split)
 
 
-def dataset_of(data: Data, folder: Path, given: Path | None) -> Dataset:
+def dataset_of(data: Data, folder: Location, given: Location | None) -> Dataset:
     """The dataset in a folder, or those of a mixture."""
-    if not isinstance(data, MixedData) or (given and (given / METADATA_FILE).is_file()):
+    if not isinstance(data, MixedData) or (given and files_of(given).text(METADATA_FILE)):
         return open_dataset(folder)
     return open_mixed(data if given is None else dataclasses.replace(data, folder=str(given)))
 

@@ -22,6 +22,7 @@ from flaxpretrain.data import tokenizers
 from flaxpretrain.data.mixing import MixedData, open_mixed
 from flaxpretrain.data.store import open_dataset
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import located
 from flaxpretrain.training.session import open_pipeline, row_plan
 
 
@@ -29,7 +30,7 @@ def parser() -> program.Parser:
     """The arguments."""
     parser = program.Parser(__doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="a Python file with recipe() -> Run")
-    parser.add_argument("--data-dir", type=Path, help="dataset; none: that of the recipe")
+    parser.add_argument("--data-dir", type=located, help="dataset; none: that of the recipe")
     parser.add_argument("--workdir", type=Path, help="of the recipe (default: runs/<its name>)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides",

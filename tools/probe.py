@@ -28,6 +28,7 @@ from flaxpretrain.evaluation.probe import (
     sentence_features,
     token_ids,
 )
+from flaxpretrain.locations import located
 
 
 def parser() -> program.Parser:
@@ -38,7 +39,7 @@ def parser() -> program.Parser:
         "--class", type=Path, action="append", required=True, dest="classes", metavar="FILE",
         help="texts of one class, one a line; given twice",
     )  # fmt: skip
-    parser.add_argument("--data-dir", type=Path, help="its validation split is held out")
+    parser.add_argument("--data-dir", type=located, help="its validation split is held out")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the folds and of the texts held out"
     )

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from flaxpretrain.config import Phase, Run, dataset_folder, render
 from flaxpretrain.data.buckets import BucketedPlan
-from flaxpretrain.data.store import Dataset
+from flaxpretrain.data.store import METADATA_FILE, Dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of, rule_for
+from flaxpretrain.locations import is_remote
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, assemble, stand_in_vocabulary
 from flaxpretrain.training.metrics import duration
@@ -53,7 +54,7 @@ def print_plan(run: Run, workdir: Path, console: Console | None = None) -> None:
 
 def _dataset_if_built(run: Run, workdir: Path) -> Dataset | None:
     folder = dataset_folder(run, workdir)
-    if not (folder / "dataset.json").exists():
+    if not is_remote(folder) and not (Path(folder) / METADATA_FILE).exists():
         return None
     return open_run_dataset(run, workdir)
 

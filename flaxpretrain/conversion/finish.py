@@ -16,7 +16,6 @@ from flaxpretrain.conversion.card import Facts
 from flaxpretrain.conversion.export import export, to_host
 from flaxpretrain.conversion.licences import require_licence
 from flaxpretrain.conversion.sources import dataset_facts, read_origin, run_facts
-from flaxpretrain.data.store import TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.session import Session
 
@@ -87,7 +86,7 @@ class Export:
         exported = export(
             config,
             params,
-            session.dataset.folder / TOKENIZER_FOLDER,
+            session.dataset.tokenizer_folder,
             folder,
             session_facts(session, self.license),
             overwrite=True,
@@ -177,7 +176,7 @@ class PushToHub:
         if jax.process_index() != 0 or skip:
             return {}
         facts = session_facts(session, self.license, self.repository.rpartition("/")[2])
-        tokenizer = session.dataset.folder / TOKENIZER_FOLDER
+        tokenizer = session.dataset.tokenizer_folder
         folder = session.workdir / f"{self.name}-push"
         step, say = session.step, session.say
 

@@ -15,7 +15,7 @@ from flaxpretrain.conversion.check import locally
 from flaxpretrain.conversion.folders import HubModel, config_class, params_of
 from flaxpretrain.conversion.resizing import resized_for_dataset
 from flaxpretrain.conversion.sources import open_model, write_origin
-from flaxpretrain.data.store import TOKENIZER_FOLDER
+from flaxpretrain.data.store import open_dataset
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.functional import model_of
 from flaxpretrain.training.session import odd_tokens
@@ -55,7 +55,7 @@ def weights_from(
     """
     model, origin = open_model(source)
     if workdir is not None:
-        tokenizer = dataset_folder(run, workdir) / TOKENIZER_FOLDER
+        tokenizer = open_dataset(dataset_folder(run, workdir)).tokenizer_folder
         model = resized_for_dataset(model, tokenizer, source, say)
         check_tokenizers(model.tokenizer, tokenizer, source)
     params = fitted_params(model, run, source=str(source), say=say)

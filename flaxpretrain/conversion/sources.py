@@ -18,9 +18,11 @@ from flaxpretrain.conversion.folders import (
     tokenizer_of,
 )
 from flaxpretrain.conversion.tensors import read_json
+from flaxpretrain.data.files import files_of
 from flaxpretrain.data.mixing import MixedData, mixed_metadata
 from flaxpretrain.data.store import METADATA_FILE, TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import Location, is_remote
 from flaxpretrain.models.names import to_state_dict
 from flaxpretrain.training.checkpoints import Checkpoints
 
@@ -82,7 +84,9 @@ class Checkpoint:
         """The folder of the tokenizer, kept in the workdir or with the dataset."""
         folders = [self.workdir / TOKENIZER_FOLDER]
         if self.run is not None:
-            folders.append(dataset_folder(self.run, self.workdir) / TOKENIZER_FOLDER)
+            dataset = dataset_folder(self.run, self.workdir)
+            # Of a remote dataset, the workdir has a copy.
+            folders += [] if is_remote(dataset) else [Path(dataset) / TOKENIZER_FOLDER]
         return next((f for f in folders if tokenizer_of(f) is not None), None)
 
 
@@ -182,12 +186,20 @@ def dataset_facts(run: Run | None, workdir: Path) -> dict[str, Any]:
         return {}
     if isinstance(run.data, MixedData):
         folders = zip(run.data.parts, run.data.folders(), strict=True)
-        paths = {part.name: folder / METADATA_FILE for part, folder in folders}
-        if not all(path.is_file() for path in paths.values()):
-            return {}
-        return mixed_metadata({name: read_json(path) for name, path in paths.items()})
-    path = dataset_folder(run, workdir) / METADATA_FILE
-    return read_json(path) if path.is_file() else {}
+        found = {part.name: _metadata(folder) for part, folder in folders}
+        return mixed_metadata(found) if all(found.values()) else {}
+    return _metadata(dataset_folder(run, workdir))
+
+
+def _metadata(dataset: Location) -> dict[str, Any]:
+    """The content of a dataset's dataset.json; nothing where it cannot be had."""
+    try:
+        content = files_of(dataset).text(METADATA_FILE)
+        return {} if content is None else json.loads(content)
+    except UserError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{dataset}/{METADATA_FILE} is damaged: {error}") from error
 
 
 def run_facts(workdir: Path) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class MixedPipeline(Batches):
                 order_seed=own_seed(order_seed, part.name),
                 noise_seed=own_seed(noise_seed, part.name),
                 duplication=data.duplication,
+                window_tokens=data.window_tokens,
             )
             for part in data.parts
         }

@@ -13,6 +13,7 @@ from flaxpretrain.config import Data
 from flaxpretrain.data.rows import RowPlan
 from flaxpretrain.data.store import Dataset, open_dataset
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import Location, is_remote, joined, located
 from flaxpretrain.shapes import Float, Int, Numpy
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -68,6 +69,7 @@ class MixedData(Data):
 
     def __post_init__(self) -> None:
         """Raises UserError where the parts cannot be mixed."""
+        super().__post_init__()
         names = [part.name for part in self.parts]
         weights = [part.weight for part in self.parts]
         if not names or len(set(names)) < len(names):
@@ -84,14 +86,19 @@ class MixedData(Data):
         if not 0 < self.temperature < math.inf:
             raise UserError(f"data.temperature must be positive; got {self.temperature}")
 
-    def folder_in(self, workdir: Path) -> Path:
+    @property
+    def is_remote(self) -> bool:
+        """Whether one of the datasets lies in a store that answers requests."""
+        return any(map(is_remote, self.folders()))
+
+    def folder_in(self, workdir: Path) -> Location:
         """That of the first part, whose tokenizer is that of all."""
         return self.folders()[0]
 
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[Location]:
         """Of all parts."""
-        base = Path(self.folder).expanduser() if self.folder is not None else Path()
-        return [base / Path(part.folder).expanduser() for part in self.parts]
+        base = located(self.folder) if self.folder is not None else Path()
+        return [joined(base, part.folder) for part in self.parts]
 
     def part_of(self, split: str) -> Part | None:
         """The part that a split such as "wiki/validation" belongs to."""
@@ -204,7 +211,7 @@ class MixedDataset(Dataset):
                     f"{next(iter(parts))} ({first.folder}): build both with the same one"
                 )
         self.parts = dict(parts)
-        self.folder, self.fingerprint = first.folder, first.fingerprint
+        self.files, self.fingerprint = first.files, first.fingerprint
         self.vocabulary, self.dtype = first.vocabulary, first.dtype
         self.metadata = mixed_metadata({name: part.metadata for name, part in parts.items()})
         self.splits = {

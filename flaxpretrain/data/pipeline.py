@@ -24,6 +24,7 @@ from flaxpretrain.config import Phase
 from flaxpretrain.data.framing import ArraySpec, Framing
 from flaxpretrain.data.randomness import Stream, fold, permute, row_keys
 from flaxpretrain.data.rows import Layout, RowPlan, epoch_keys
+from flaxpretrain.data.sections import SectionReader, sectioned_plan
 from flaxpretrain.data.store import Split
 from flaxpretrain.errors import UserError
 from flaxpretrain.shapes import Int, Numpy
@@ -130,6 +131,8 @@ class RowStream:
         layout: Layout,
         framing_of: Callable[[int], Framing],
         lengths: Iterable[int],
+        *,
+        window_tokens: int | None = None,
         **options: Any,
     ) -> "RowStream":
         """Plans every length.
@@ -138,20 +141,35 @@ class RowStream:
             UserError: the split is empty, or a length is too small.
         """
         framings = {length: layout.framing(framing_of(length)) for length in lengths}
-        plans = {length: layout.fill(split, f.room()) for length, f in framings.items()}
+        reader = SectionReader(split, window_tokens) if window_tokens is not None else None
+        plans = {
+            length: sectioned_plan(layout, reader, framing.room())
+            if reader
+            else layout.fill(split, framing.room())
+            for length, framing in framings.items()
+        }
         return cls(plans, framings, **options)
 
     def take(self, length: int, number: Int[Numpy, " B"], step: int) -> dict[str, np.ndarray]:
         """The batch of the rows with these numbers, in which an epoch follows the one before."""
         plan = self.plans[length]
         epoch, row = np.divmod(number, plan.rows_per_epoch)
-        order = epoch_keys(self.order_seed, epoch, Stream.ORDER)
-        index = permute(row, plan.rows_per_epoch, order)
+        index = plan.shuffled(self.order_seed, epoch, row)
+        plan.read_ahead(self.order_seed, epoch, row)
         if self.duplication is not None:
             epoch %= self.duplication
         keys = row_keys(self.noise_seed, epoch, index)
-        views = plan.views(self.order_seed, epoch, index)
-        return _assemble(plan, self.framings[length], *views, keys, step)
+        batch: dict[str, np.ndarray] = {}
+        for part, where, local in plan.parts(index):
+            views = part.views(self.order_seed, epoch[where], local)
+            made = _assemble(part, self.framings[length], *views, keys[where], step)
+            if len(where) == len(index):
+                return made
+            for name, array in made.items():
+                if name not in batch:
+                    batch[name] = np.empty((len(index), *array.shape[1:]), array.dtype)
+                batch[name][where] = array
+        return batch
 
 
 class Batches(abc.ABC):
@@ -234,6 +252,7 @@ class Pipeline(Batches):
         order_seed: int,
         noise_seed: int,
         duplication: int | None = None,
+        window_tokens: int | None = None,
     ) -> None:
         """Plans every length.
 
@@ -246,6 +265,8 @@ class Pipeline(Batches):
             noise_seed: of all noise.
             duplication: None draws new noise in every epoch (dynamic masking); n repeats that of
                 the first n epochs, packing included (static masking with n copies of the data).
+            window_tokens: None shuffles all rows of an epoch among each other; n those of windows
+                of about n tokens, which are read one after another.
 
         Raises:
             UserError: the split is empty, or a length is too small.
@@ -258,6 +279,7 @@ class Pipeline(Batches):
             order_seed=order_seed,
             noise_seed=noise_seed,
             duplication=duplication,
+            window_tokens=window_tokens,
         )
         super().__init__(resolve(phases, self.plans.__getitem__))
 

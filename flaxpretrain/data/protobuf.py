@@ -26,7 +26,8 @@ def varint(content: bytes, at: int) -> tuple[int, int]:
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Numbers and values of a message's fields: whole numbers, or bytes.
 
-    A 32-bit field gives a whole number, whatever it stands for; `as_float` reads it as a float.
+    A 32-bit or 64-bit field gives a whole number, whatever it stands for; `as_float` reads one of
+    32 bits as a float.
 
     Raises:
         ValueError: a field of a wire type that these files do not have, or one that is cut off.
@@ -40,8 +41,9 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
         elif tag & 7 == 2:
             length, at = varint(message, at)
             value, at = message[at : at + length], at + length
-        elif tag & 7 == 5:
-            value, at = int.from_bytes(message[at : at + 4], "little"), at + 4
+        elif tag & 7 in (1, 5):
+            size = 4 if tag & 7 == 5 else 8
+            value, at = int.from_bytes(message[at : at + size], "little"), at + size
         else:
             raise ValueError(f"a field of wire type {tag & 7}")
         if at > len(message):

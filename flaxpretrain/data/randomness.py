@@ -66,6 +66,7 @@ class Stream(enum.IntEnum):
     WORD_ORDER = 58
     NGRAM_LENGTHS = 59
     CYCLE = 60
+    SECTIONS = 80
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

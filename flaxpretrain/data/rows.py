@@ -6,6 +6,7 @@ lies. Nothing is stored per epoch: a row's views are a pure function of (seed, e
 
 import abc
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -55,6 +56,23 @@ class RowPlan(abc.ABC):
 
         `index` numbers the rows of an epoch in the plan's own order, from 0 to rows_per_epoch - 1.
         """
+
+    def shuffled(
+        self, seed: int, epoch: Int[Numpy, " B"], row: Int[Numpy, " B"]
+    ) -> Int[Numpy, " B"]:
+        """Which row of the plan comes as the `row`-th of an epoch: any of them."""
+        return permute(row, self.rows_per_epoch, epoch_keys(seed, epoch, Stream.ORDER))
+
+    def read_ahead(  # noqa: B027 - nothing to do where the text is at hand
+        self, seed: int, epoch: Int[Numpy, " B"], row: Int[Numpy, " B"]
+    ) -> None:
+        """Told which rows of an epoch are wanted now; may start to read them and the next ones."""
+
+    def parts(
+        self, index: Int[Numpy, " B"]
+    ) -> Iterator[tuple["RowPlan", Int[Numpy, " P"], Int[Numpy, " P"]]]:
+        """The plans that hold rows of this one: which of `index`, and their own numbers there."""
+        yield self, np.arange(len(index)), index
 
     def read(
         self,

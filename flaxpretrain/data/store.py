@@ -14,24 +14,24 @@ A dataset is a folder:
 Shards end at document ends, when enough bytes of ids are in them. `store_writer` writes them.
 """
 
-import dataclasses
 import functools
 import json
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
+from flaxpretrain.data.files import Files, FlatArray, files_of
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
-from flaxpretrain.shapes import Bool, Int, Numpy, UInt
+from flaxpretrain.locations import Location, is_remote
+from flaxpretrain.shapes import Bool, Int, Numpy
 
 FORMAT = 1
 METADATA_FILE = "dataset.json"
 TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 OFFSET_TYPE = np.dtype("<i8")
 PARTS: tuple[str, ...] = ("ids", "words", "sentences", "documents")
 """Suffixes of the files that make a shard."""
@@ -52,32 +52,41 @@ def part_bytes(entry: Mapping[str, Any], dtype: np.dtype) -> dict[str, int]:
     }
 
 
-def file_crc32(path: Path) -> int:
-    """CRC-32 of a file's bytes, read in blocks."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-@dataclasses.dataclass(frozen=True)
 class Shard:
-    """The memory-mapped arrays of one shard, and where its first token stands in the split."""
+    """The arrays of one shard, opened when they are asked for, and where it stands in the split."""
 
-    start: int
-    ids: UInt[Numpy, " T"]
-    words: UInt[Numpy, " W"]
-    sentences: Int[Numpy, " S"]
-    documents: Int[Numpy, " D"]
+    def __init__(self, start: int, tokens: int, opened: Callable[[str], Any]) -> None:
+        """`opened` gives the array of one of `PARTS`."""
+        self.start, self.tokens = start, tokens
+        self._opened = opened
+
+    @functools.cached_property
+    def ids(self) -> FlatArray:
+        """Token ids."""
+        return self._opened("ids")
+
+    @functools.cached_property
+    def words(self) -> FlatArray:
+        """A bit a token, low bit first: it opens a word."""
+        return self._opened("words")
+
+    @functools.cached_property
+    def sentences(self) -> Int[Numpy, " S"]:
+        """Where sentences begin in this shard, and the end."""
+        return self._opened("sentences")
+
+    @functools.cached_property
+    def documents(self) -> Int[Numpy, " D"]:
+        """Where documents begin in this shard, and the end."""
+        return self._opened("documents")
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.tokens
 
     @property
     def stop(self) -> int:
         """Where the token after the last one stands in the split."""
-        return self.start + len(self)
+        return self.start + self.tokens
 
 
 class Split:
@@ -86,15 +95,15 @@ class Split:
     Offsets and positions count tokens from the split's first one, over all shards.
     """
 
-    def __init__(self, folder: Path, name: str, entry: Mapping[str, Any], dtype: np.dtype) -> None:
+    def __init__(self, files: Files, name: str, entry: Mapping[str, Any], dtype: np.dtype) -> None:
         """`entry` is this split's object in `dataset.json`; sizes were checked by the caller."""
         self.name = name
         self.documents: int = entry["documents"]
         self.sentences: int = entry["sentences"]
         self.tokens: int = entry["tokens"]
         self.bytes: int = entry["bytes"]
-        self.shards = tuple(_map_shards(folder, entry["shards"], dtype))
-        self._starts = np.array([shard.start for shard in self.shards], np.int64)
+        self.remote = is_remote(files.location)
+        self.shards = tuple(_shards(files, entry["shards"], dtype))
 
     @functools.cached_property
     def document_offsets(self) -> Int[Numpy, " D"]:
@@ -127,41 +136,18 @@ class Split:
 
         ids = np.zeros((len(starts), width), np.int32)
         word_starts = np.zeros((len(starts), width), bool)
-        if width == 0 or self.tokens == 0:
-            return ids, word_starts
-        shard_of_row = np.searchsorted(self._starts, starts, side="right") - 1
-        inside = np.zeros(len(starts), bool)
-        for number in np.unique(shard_of_row):
-            shard = self.shards[number]
-            here = (shard_of_row == number) & (starts + width <= shard.stop)
-            inside |= here
-            if here.any():
-                rows = slice(None) if here.all() else np.flatnonzero(here)
-                local = starts[rows] - shard.start
-                ids[rows] = sliding_window_view(shard.ids, width)[local]
-                word_starts[rows] = _gather_bits(shard.words, local, width)
-
-        if not inside.all():
-            self._gather_across(np.flatnonzero(~inside), starts, ids, word_starts)
-        if lengths.min() < width:
-            beyond = np.arange(width) >= lengths[:, None]
-            ids[beyond] = 0
-            word_starts[beyond] = False
-        return ids, word_starts
-
-    def _gather_across(
-        self, rows: np.ndarray, starts: np.ndarray, ids: np.ndarray, word_starts: np.ndarray
-    ) -> None:
-        """Fills the rows that end beyond their shard, token index by token index."""
-        width = ids.shape[1]
-        positions = np.minimum(starts[rows, None] + np.arange(width), self.tokens - 1)
-        shard_of_token = np.searchsorted(self._starts, positions, side="right") - 1
+        inside = np.arange(width) < lengths[:, None]
+        positions = (starts[:, None] + np.arange(width))[inside]
+        shard_starts = np.array([shard.start for shard in self.shards], np.int64)
+        shard_of_token = np.searchsorted(shard_starts, positions, side="right") - 1
+        found, opens = np.empty(len(positions), np.int32), np.empty(len(positions), bool)
         for number in np.unique(shard_of_token):
-            shard = self.shards[number]
-            row, column = np.nonzero(shard_of_token == number)
-            local = positions[row, column] - shard.start
-            ids[rows[row], column] = shard.ids[local]
-            word_starts[rows[row], column] = (shard.words[local >> 3] >> (local & 7)) & 1
+            shard, here = self.shards[number], shard_of_token == number
+            local = positions[here] - shard.start
+            found[here] = shard.ids[local]
+            opens[here] = (shard.words[local >> 3] >> (local & 7)) & 1
+        ids[inside], word_starts[inside] = found, opens
+        return ids, word_starts
 
     def _offsets(self, part: str) -> np.ndarray:
         if len(self.shards) == 1:
@@ -173,22 +159,28 @@ class Split:
 class Dataset:
     """A dataset on disk: its vocabulary, what it was made from, and its splits."""
 
-    def __init__(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, files: Files, metadata: Mapping[str, Any]) -> None:
         """Opened by `open_dataset`, which checks `metadata` (the content of `dataset.json`)."""
-        self.folder = folder
+        self.files = files
         self.metadata = dict(metadata)
         self.fingerprint: str = metadata["fingerprint"]
         self.vocabulary = Vocabulary.from_json(metadata["vocabulary"])
         self.dtype = np.dtype(metadata["dtype"]).newbyteorder("<")
         self.splits: Mapping[str, Split] = {
-            name: Split(folder, name, entry, self.dtype)
+            name: Split(files, name, entry, self.dtype)
             for name, entry in metadata["splits"].items()
         }
 
     @property
+    def folder(self) -> Location:
+        """Where it lies."""
+        return self.files.location
+
+    @property
     def tokenizer_folder(self) -> Path:
-        """The folder that `tokenizers.load` and Transformers' AutoTokenizer read."""
-        return self.folder / TOKENIZER_FOLDER
+        """The folder that `tokenizers.load` and Transformers' AutoTokenizer read; a copy of it,
+        where the dataset lies elsewhere."""
+        return self.files.folder(TOKENIZER_FOLDER, TOKENIZER_FILES)
 
     def split(self, name: str) -> Split:
         """The split of this name.
@@ -210,83 +202,88 @@ class Dataset:
         """
         for split in self.metadata["splits"].values():
             for entry in split["shards"]:
-                for part in PARTS:
-                    path = self.folder / f"{entry['name']}.{part}"
-                    if file_crc32(path) != entry["crc32"][part]:
+                for part, size in part_bytes(entry, self.dtype).items():
+                    name = f"{entry['name']}.{part}"
+                    if self.files.crc32(name, size) != entry["crc32"][part]:
                         raise UserError(
-                            f"{path} is damaged: its CRC-32 is not the one in {METADATA_FILE}; "
-                            "build the dataset anew or copy it again"
+                            f"{self.files.path(name)} is damaged: its CRC-32 is not the one in "
+                            f"{METADATA_FILE}; build the dataset anew or copy it again"
                         )
 
 
-def open_dataset(folder: Path | str) -> Dataset:
-    """Opens a dataset and checks that every shard is there with the right size.
+def open_dataset(location: Location) -> Dataset:
+    """Opens a dataset in a folder or at a URL; checks that every shard has the right size.
 
     Raises:
-      UserError: no dataset, an unfinished one, another format, a missing or cut shard.
+      UserError: no dataset, an unfinished one, another format, a missing or cut shard, or a store
+        that refuses.
     """
-    folder = Path(folder)
-    path = folder / METADATA_FILE
-    if not path.is_file():
-        if partial_folder(folder).is_dir():
-            raise UserError(
-                f"the dataset {folder} is unfinished ({partial_folder(folder)} is there): "
-                "run the command that builds it again, it goes on where it stopped"
-            )
-        what = f"it holds no {METADATA_FILE}" if folder.is_dir() else "there is no such folder"
-        raise UserError(
-            f"{folder} is no dataset: {what}; build one with tools/build_pretraining_dataset.py, "
-            "or name it by --data-dir"
-        )
+    files = files_of(location)
+    content = files.text(METADATA_FILE)
+    if content is None:
+        raise _no_dataset(files.location)
+    path = files.path(METADATA_FILE)
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = json.loads(content)
         if metadata["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {metadata['format']!r}; this version reads format {FORMAT}: "
                 "build the dataset anew"
             )
-        _check_sizes(folder, metadata)
-        return Dataset(folder, metadata)
+        _check_sizes(files, metadata)
+        return Dataset(files, metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def _check_sizes(folder: Path, metadata: Mapping[str, Any]) -> None:
+def _no_dataset(location: Location) -> UserError:
+    what = f"it holds no {METADATA_FILE}"
+    if not is_remote(location):
+        folder = Path(location)
+        partial = partial_folder(folder)
+        if partial.is_dir():
+            return UserError(
+                f"the dataset {folder} is unfinished ({partial} is there): "
+                "run the command that builds it again, it goes on where it stopped"
+            )
+        what = what if folder.is_dir() else "there is no such folder"
+    return UserError(
+        f"{location} is no dataset: {what}; build one with tools/build_pretraining_dataset.py, "
+        "or name it by --data-dir"
+    )
+
+
+def _check_sizes(files: Files, metadata: Mapping[str, Any]) -> None:
     dtype = np.dtype(metadata["dtype"])
-    for split in metadata["splits"].values():
-        for entry in split["shards"]:
-            for part, expected in part_bytes(entry, dtype).items():
-                path = folder / f"{entry['name']}.{part}"
-                if not path.is_file():
-                    raise UserError(f"{path} is missing; {METADATA_FILE} names this shard")
-                if path.stat().st_size != expected:
-                    raise UserError(
-                        f"{path} is damaged: it has {path.stat().st_size} bytes instead of "
-                        f"{expected}; build the dataset anew or copy it again"
-                    )
+    wanted = {
+        f"{entry['name']}.{part}": size
+        for split in metadata["splits"].values()
+        for entry in split["shards"]
+        for part, size in part_bytes(entry, dtype).items()
+    }
+    found = files.sizes(wanted)
+    for name, expected in wanted.items():
+        path = files.path(name)
+        if found[name] is None:
+            raise UserError(f"{path} is missing; {METADATA_FILE} names this shard")
+        if found[name] != expected:
+            raise UserError(
+                f"{path} is damaged: it has {found[name]} bytes instead of "
+                f"{expected}; build the dataset anew or copy it again"
+            )
 
 
-def _map_shards(folder: Path, entries: list[Mapping[str, Any]], dtype: np.dtype) -> Iterator[Shard]:
-    types = {"ids": dtype, "words": np.uint8, "sentences": OFFSET_TYPE, "documents": OFFSET_TYPE}
+def _shards(files: Files, entries: list[Mapping[str, Any]], dtype: np.dtype) -> Iterator[Shard]:
+    types = {"ids": dtype, "words": np.dtype(np.uint8)}
     start = 0
     for entry in entries:
-        # asarray: indexing a plain view of the map is faster than indexing a np.memmap.
-        arrays = {
-            part: np.asarray(np.memmap(folder / f"{entry['name']}.{part}", types[part], "r"))
-            for part in PARTS
-        }
-        yield Shard(start, **arrays)
+        sizes = part_bytes(entry, dtype)
+
+        def opened(part: str, name: str = entry["name"], sizes: dict = sizes) -> Any:
+            file = f"{name}.{part}"
+            if part in types:
+                return files.array(file, types[part], sizes[part])
+            return files.small_array(file, OFFSET_TYPE, sizes[part])
+
+        yield Shard(start, entry["tokens"], opened)
         start += entry["tokens"]
-
-
-def _gather_bits(words: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Bits [start, start + width) of each row, as bool [rows, width]."""
-    # The bytes that hold a row's bits: one more than the width needs, for starts inside a byte.
-    row_bytes = -(-(width + 7) // 8)
-    first = np.minimum(starts >> 3, max(len(words) - row_bytes, 0))
-    if len(words) < row_bytes:
-        words = np.pad(words, (0, row_bytes - len(words)))
-    bits = np.unpackbits(sliding_window_view(words, row_bytes)[first], axis=1, bitorder="little")
-    shift = starts - first * 8
-    flat = sliding_window_view(bits.reshape(-1), width)
-    return flat[np.arange(len(starts)) * bits.shape[1] + shift].view(bool)

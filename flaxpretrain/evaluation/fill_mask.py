@@ -15,7 +15,6 @@ from rich.text import Text
 from flaxpretrain.conversion.check import locally
 from flaxpretrain.conversion.finish import session_part
 from flaxpretrain.data import tokenizers
-from flaxpretrain.data.store import TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.functional import model_of
 
@@ -225,7 +224,7 @@ class FillMask:
         config, params = session_part(session, self.part)
         if jax.process_index() != 0:
             return
-        folder = session.dataset.folder / TOKENIZER_FOLDER
+        folder = session.dataset.tokenizer_folder
         filler = MaskFiller(config, params, folder, special=self.special)
         # Where `say` writes to: colours are for a terminal only.
         console = Console(stderr=True)

@@ -41,6 +41,7 @@ from flaxpretrain.training.metrics import (
     duration,
 )
 from flaxpretrain.training.preemption import Preemption
+from flaxpretrain.training.profiling import TRACES, Profiling, open_profiling
 from flaxpretrain.training.reporter import NotFinite, Reporter
 from flaxpretrain.training.resume import make_folder, start_state
 from flaxpretrain.training.rewind import LossSpike, SpikeDetector, go_back
@@ -72,6 +73,7 @@ def train(
     command: str = "",
     quiet: bool = False,
     leave: Callable[[int, str], None] = lambda code, reason: None,
+    profile_steps: range = range(0),
 ) -> int:
     """Trains a run in its workdir from the newest checkpoint there, or from the start.
 
@@ -82,13 +84,15 @@ def train(
         command: what the user typed, for the model card.
         quiet: no progress on the terminal.
         leave: tells the other processes of the run why the watchdog ends this one.
+        profile_steps: numbers of steps to trace, into tensorboard/ in the workdir.
 
     Returns:
         The exit code: 0 done, 75 preempted and saved.
 
     Raises:
         NotFinite: the loss is not finite, and stays so.
-        UserError: the workdir cannot be written or belongs to another run, or parts do not fit.
+        UserError: the workdir cannot be written or belongs to another run, parts do not fit, or
+            it has no such steps to trace.
     """
     first_process = jax.process_index() == 0
     make_folder(workdir)
@@ -123,13 +127,18 @@ def train(
             if first_process:
                 write_json(workdir / CONFIG, render(run))
                 write_json(workdir / "run.json", facts(run, dataset, mesh) | {"command": command})
+            profiling = open_profiling(
+                profile_steps, step, total_steps(phases), workdir, terminal.say
+            )
             writers = _open_writers(run, workdir, step, terminal)
             events = Events(workdir / EVENTS, write=first_process)
             if step < session.total_steps:
                 again = "restart" if events.count("start") else "start"
                 events.record(again, step, lost_seconds=lost, processes=jax.process_count())
             try:
-                code = _Training(session, checkpoints, writers, identity, ledger, events).run()
+                training = _Training(session, checkpoints, writers, identity, ledger, events)
+                with profiling:
+                    code = training.run(profiling)
                 checkpoints.close()
                 return code
             except BaseException:
@@ -151,7 +160,7 @@ def _open_writers(run: Run, workdir: Path, step: int, terminal: Terminal) -> lis
     if jax.process_index() == 0:
         writers.append(JsonLines(workdir / METRICS, step))
         if run.logging.tensorboard:
-            writers.append(TensorBoard(workdir / "tensorboard", step))
+            writers.append(TensorBoard(workdir / TRACES, step))
     return writers
 
 
@@ -185,8 +194,9 @@ class _Training:
             self._detector = SpikeDetector(session.run.rewind, kept.get("spikes", {}))
         self._saver = Saver(session, checkpoints, identity, ledger, self._detector)
 
-    def run(self) -> int:
+    def run(self, profiling: Profiling) -> int:
         """Trains to the end, or until asked to stop; returns the exit code."""
+        self._profiling = profiling
         session, ledger = self._session, self._ledger
         started, begun = time.monotonic(), session.step
         if session.step == 0:
@@ -257,8 +267,12 @@ class _Training:
                     meter.start_clock()
                     ledger.enter(STEPS)
                 else:
-                    session.state, metrics = step_function(session.state, placed)
+                    with self._profiling.begin(session.step + 1, session.state):
+                        session.state, metrics = step_function(session.state, placed)
                 session.step += 1
+                if self._profiling.end(session.step, session.state):
+                    session.say(f"step {session.step}: the trace is in {TRACES}/ of the workdir")
+                    meter.start_clock()
                 self._report(meter.exchange(session.step, metrics, flops[shape]))
                 if self._between_steps(last, preemption):
                     return True

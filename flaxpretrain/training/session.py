@@ -23,6 +23,7 @@ from flaxpretrain.data.mixed_pipeline import MixedPipeline, MixedPlan, mixed_pla
 from flaxpretrain.data.mixing import MixedData, MixedDataset, Mixing, Stretch, open_mixed, prolonged
 from flaxpretrain.data.pipeline import Batches, Pipeline, resolve
 from flaxpretrain.data.rows import RowPlan
+from flaxpretrain.data.sections import plan_rows
 from flaxpretrain.data.store import TOKENIZER_FOLDER, Dataset, open_dataset
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.assembly import Assembly
@@ -141,7 +142,7 @@ def keep_tokenizer(dataset: Dataset, workdir: Path, write: bool) -> None:
     Raises:
         UserError: the workdir came with the tokenizer of another model.
     """
-    kept, own = workdir / TOKENIZER_FOLDER, dataset.folder / TOKENIZER_FOLDER
+    kept, own = workdir / TOKENIZER_FOLDER, dataset.tokenizer_folder
     if kept.exists():
         problem = odd_tokens(kept, own)
         if problem is not None:
@@ -190,13 +191,14 @@ def row_plan(
             layout = part.layout or data.layout
             objective = part.objective or run.objective
             framing = layout.framing(objective.framing(dataset.vocabulary, length))
-            plans.append(layout.fill(dataset.split(f"{part.name}/{part.split}"), framing.room()))
+            split = dataset.split(f"{part.name}/{part.split}")
+            plans.append(plan_rows(layout, split, framing.room(), data.window_tokens))
         return mixed_plan(data.mixing(), plans)
     if isinstance(data.layout, LengthBuckets):
         framing_of = functools.partial(run.objective.framing, dataset.vocabulary)
         return data.layout.plan_buckets(dataset.split(data.split), framing_of, length)
     framing = data.layout.framing(run.objective.framing(dataset.vocabulary, length))
-    return data.layout.fill(dataset.split(data.split), framing.room())
+    return plan_rows(data.layout, dataset.split(data.split), framing.room(), data.window_tokens)
 
 
 def resolve_phases(run: Run, dataset: Dataset) -> tuple[Phase, ...]:
@@ -228,6 +230,7 @@ def open_pipeline(
         order_seed=run.seeds.order,
         noise_seed=run.seeds.noise,
         duplication=run.data.duplication,
+        window_tokens=run.data.window_tokens,
     )
 
 

@@ -156,12 +156,14 @@ def make_train_step(
         weights = objective.weights(batch)
         grads, sums = reduced_sums(state.params, batch, key, weights)
         loss = combine(objective, sums, weights)
-        grads, old = sliced(grads), sliced(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, old, value=loss)
-        params = optax.apply_updates(old, updates)
+        with jax.named_scope("optimizer"):
+            grads, old = sliced(grads), sliced(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, old, value=loss)
+            params = optax.apply_updates(old, updates)
+            grad_norm = optax.tree.norm(grads)
         figures = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.opt_state),
             "tokens": objective.tokens(batch),
         } | skip_figures(opt_state)
