@@ -98,7 +98,7 @@ def test_a_tpu_is_read_by_its_operations(tmp_path):
     "opcodes, target, origin, expected",
     [
         ({"dot"}, "", "jit(train_step)/jvp()/while/body/dot_general Dense.__call__", "matmul"),
-        ({"dot"}, "", "jit(f)/jvp()/dot_general context attend SelfAttention.__call__", "attention"),
+        ({"dot"}, "", "jit(f)/jvp()/dot_general context attend Attention.__call__", "attention"),
         ({"dot"}, "", "jit(f)/jvp()/dot_general vocabulary_logits Bert.logits", "head"),
         ({"multiply"}, "", "jit(f)/transpose(jvp())/mul log_likelihood cross_entropy", "head"),
         ({"dot", "add"}, "", "jit(train_step)/optimizer/dot_general update", "optimizer"),
