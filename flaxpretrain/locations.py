@@ -1,5 +1,6 @@
 """Where things lie: folders of this machine, and URLs such as gs://bucket/folder."""
 
+import re
 from pathlib import Path
 
 Location = Path | str
@@ -23,3 +24,26 @@ def joined(location: Location, name: str) -> Location:
     if is_remote(name) or not is_remote(location):
         return located(name) if is_remote(name) else Path(location) / Path(name).expanduser()
     return located(name) if Path(name).is_absolute() else f"{located(location)}/{name}"
+
+
+_STORE_PACKAGES = frozenset(
+    {"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"}
+)
+_STORE_STATUS = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED)\b")
+"""How TensorStore names what a store answered."""
+
+
+def from_store(error: BaseException) -> bool:
+    """Whether a disk, a store or the way to it is at fault, not this program.
+
+    An object that is missing is no fault of the store.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        packages = {kind.__module__.partition(".")[0] for kind in type(found).__mro__}
+        if packages & _STORE_PACKAGES or _STORE_STATUS.search(str(found)):
+            return True
+        if isinstance(found, OSError) and not isinstance(found, FileNotFoundError):
+            return True
+        found = found.__cause__
+    return False

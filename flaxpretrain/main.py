@@ -37,6 +37,7 @@ from flaxpretrain.hardware import rule_for
 from flaxpretrain.locations import is_remote, located
 from flaxpretrain.supervisor import add_restarts
 from flaxpretrain.training import sharding
+from flaxpretrain.training.compile_cache import NONE, use_compile_cache
 from flaxpretrain.training.distributed import (
     JOIN_SECONDS,
     Peers,
@@ -45,6 +46,7 @@ from flaxpretrain.training.distributed import (
 )
 from flaxpretrain.training.loop import NotFinite, train
 from flaxpretrain.training.profiling import TRACES
+from flaxpretrain.training.workdirs import local_folder
 
 
 def parser() -> program.Parser:
@@ -54,7 +56,9 @@ def parser() -> program.Parser:
         "recipe", metavar="RECIPE", nargs="?", help="a Python file with recipe() -> Run"
     )
     parser.add_argument(
-        "--workdir", type=Path, help="all output goes here (default: runs/<recipe's name>)"
+        "--workdir",
+        type=located,
+        help="all output goes to this folder or gs://BUCKET/FOLDER (default: runs/<recipe's name>)",
     )
     parser.add_argument(
         "--set",
@@ -94,6 +98,13 @@ def parser() -> program.Parser:
         default=range(0),
         metavar="FIRST:STOP",
         help="trace these steps, STOP not included, for TensorBoard, and print where time goes",
+    )
+    parser.add_argument(
+        "--compile-cache",
+        type=lambda text: text if text == NONE else located(text),
+        metavar="FOLDER",
+        help="where compiled programs are kept for the next start, or none (default: "
+        "compile_cache/ in the workdir)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     parser.add_argument(
@@ -177,11 +188,11 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
     if isinstance(arguments.data_dir, Path) and not arguments.data_dir.is_dir():
         raise UserError(f"--data-dir {arguments.data_dir}: there is no such folder")
     if arguments.dry_run:
-        print_plan(run, workdir)
+        print_plan(run, local_folder(workdir))
         return program.EXIT_OK
     say_devices(run, arguments.allow_cpu)
     peers.seconds = run.watchdog.peer_seconds
-    _use_compile_cache(workdir)
+    use_compile_cache(workdir, arguments.compile_cache)
     if hparams is not None and not hparams.do_train:
         evaluate_workdir(workdir, run, hparams)
         return program.EXIT_OK
@@ -191,7 +202,7 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
             weights_from,
             arguments.init_from,
             say=lambda text: print(text, file=sys.stderr),
-            workdir=workdir,
+            workdir=local_folder(workdir),
         )
     command = "python run_pretraining.py " + shlex.join(_public(argv))
     code = train(
@@ -204,7 +215,7 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
         profile_steps=arguments.profile_steps,
     )
     if arguments.profile_steps and jax.process_index() == 0:
-        say_profile(workdir)
+        say_profile(local_folder(workdir))
     if hparams is not None and hparams.do_eval and code == program.EXIT_OK:
         evaluate_workdir(workdir, run, hparams)
     return code
@@ -236,11 +247,12 @@ def _hparams(arguments: Any) -> HParams:
                 "give a RECIPE such as configs/quickstart.py, or, as with the original ELECTRA, "
                 f"--data-dir, --model-name and --hparams; --{name.replace('_', '-')} is missing"
             )
-    if is_remote(arguments.data_dir):
-        raise UserError(
-            f"--data-dir {arguments.data_dir}: without a RECIPE the models go into that folder, so "
-            "it must be one of this machine; give a RECIPE and --workdir"
-        )
+    for name in ("data_dir", "workdir"):
+        if is_remote(getattr(arguments, name)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(arguments, name)}: without a RECIPE it must "
+                "be a folder of this machine; give a RECIPE"
+            )
     if Path(arguments.model_name).name != arguments.model_name:
         raise UserError(
             f"--model-name: expected a name without folders; got {arguments.model_name!r}"
@@ -300,13 +312,6 @@ def say_devices(run: Run, allow_cpu: bool) -> None:
             "install flaxpretrain[tpu] or flaxpretrain[cuda] and look whether another process "
             "holds the device, or say --allow-cpu"
         )
-
-
-def _use_compile_cache(workdir: Path) -> None:
-    """Keeps compiled programs in the workdir, so that a restart on a pod begins at once."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.devices()[0].platform == "cpu":
-        return
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
 
 
 def _public(argv: list[str]) -> list[str]:

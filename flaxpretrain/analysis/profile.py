@@ -27,6 +27,9 @@ PARTS = ("attention", "matmul", "head", "optimizer", "elementwise", "collectives
 vocabulary head and its loss; the update; the rest of the arithmetic, moves of data included;
 communication that no arithmetic hides; and nothing at all."""
 
+LONGEST = 10
+"""Instructions that a table names."""
+
 _CONTROL = ("while", "conditional", "call", "async-start", "async-update", "async-done")
 _ATTENTION_KERNEL = re.compile(r"fmha|flash|splash|cudnn.*(sdpa|attention)", re.IGNORECASE)
 _PRODUCT_KERNEL = re.compile(r"gemm|nvjet|cutlass|cublas|xmma|matmul", re.IGNORECASE)
@@ -180,7 +183,7 @@ class _Known:
         """The part of an event; None where it stands for the events inside it."""
         key = (name, str(stats.get("hlo_module", "")), str(stats.get("hlo_op", "")))
         if key not in self._seen:
-            self._seen[key] = part(name, self._find(*key))
+            self._seen[key] = part_of(name, self._find(*key))
         return self._seen[key]
 
     def _find(self, name: str, module: str, operation: str) -> Instruction | None:
@@ -196,7 +199,7 @@ def _kernel_name(instruction: str) -> str:
     return re.sub(r"\W", "_", instruction)
 
 
-def part(kernel: str, instruction: Instruction | None) -> str | None:
+def part_of(kernel: str, instruction: Instruction | None) -> str | None:
     """Which part of a step a kernel is, by its instruction, where that is known, and its name.
 
     None for a loop or call, which is nothing beside what it runs.
@@ -223,19 +226,20 @@ def _times(device: str, steps: int, events: list[Event]) -> StepTimes:
     begin, end = min(e.begin for e in events), max(e.end for e in events)
     spent = _shared_time(events)
     spent["idle"] = end - begin - sum(spent.values())
-    busy: Counter[str] = Counter()
-    by_name: Counter[tuple[str, str]] = Counter()
+    busy: dict[str, float] = defaultdict(float)
+    by_name: dict[tuple[str, str], float] = defaultdict(float)
     for event in events:
         busy[event.part] += event.end - event.begin
         by_name[event.name, event.part] += event.end - event.begin
     scale = 1e-6 / steps
+    longest = sorted(by_name, key=lambda of: -by_name[of])
     return StepTimes(
         device.removeprefix("/device:"),
         steps,
         (end - begin) * scale,
         {name: time * scale for name, time in spent.items()},
         {name: time * scale for name, time in busy.items()},
-        tuple((name, part, t * scale) for (name, part), t in by_name.most_common(10)),
+        tuple((*of, by_name[of] * scale) for of in longest[:LONGEST]),
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.locations import Location, is_remote, located
+from flaxpretrain.locations import Location, from_store, is_remote, located
 from flaxpretrain.shapes import Numpy, Shaped
 
 T = TypeVar("T")
@@ -38,10 +38,6 @@ KEPT_BYTES = 1 << 27
 
 CACHE_FOLDER = Path(".cache") / "flaxpretrain" / "datasets"
 """In the user's home: copies of small files of remote datasets."""
-
-_STORAGE_PACKAGES = frozenset(
-    {"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"}
-)
 
 
 class Files(abc.ABC):
@@ -156,7 +152,7 @@ class RemoteFiles(Files):
                 "and s3:// install flaxpretrain[cloud]"
             ) from error
         except Exception as error:
-            if not _from_storage(error):
+            if not from_store(error):
                 raise
             raise self._refusal("", error) from error
         self._copies: Path | None = None
@@ -181,7 +177,7 @@ class RemoteFiles(Files):
                 cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
                 if isinstance(cause, Exception) and _status(cause) not in (None, 404):
                     error = cause
-                if isinstance(error, FileNotFoundError) or not _from_storage(error):
+                if isinstance(error, FileNotFoundError) or not from_store(error):
                     raise
                 if _lasting(error) or attempt == ATTEMPTS - 1:
                     raise self._refusal(name, error) from error
@@ -364,12 +360,6 @@ def _at_once(function: Callable[[Any], T], values: list[Any]) -> list[T]:
         return [function(value) for value in values]
     with concurrent.futures.ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         return list(pool.map(function, values))
-
-
-def _from_storage(error: Exception) -> bool:
-    """Whether a store or the way to it is at fault, not this program."""
-    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError) or bool(packages & _STORAGE_PACKAGES)
 
 
 def _lasting(error: Exception) -> bool:

@@ -141,7 +141,7 @@ def _linked(parts: Sequence[Dataset], split: str, folder: Path) -> dict[str, Any
         for entry in part.metadata["splits"].get(split, {"shards": ()})["shards"]:
             name = f"{split}-{len(shards):05d}"
             for kind in PARTS:
-                _link(part.folder / f"{entry['name']}.{kind}", folder / f"{name}.{kind}")
+                _link(Path(part.folder) / f"{entry['name']}.{kind}", folder / f"{name}.{kind}")
             shards.append({**entry, "name": name})
     totals = {name: sum(shard[name] for shard in shards) for name in COUNTS}
     return {**totals, "shards": shards}

@@ -94,8 +94,10 @@ class PrepareDataset:
           UserError: the text or the tokenizer cannot be read, the disk is full, or another process
             takes too long.
         """
-        folder = dataset_folder(run, workdir)
-        if run.data.folder is not None or _is_there(folder):
+        if run.data.folder is not None:
+            return
+        folder = Path(dataset_folder(run, workdir))
+        if _is_there(folder):
             return
         with _building(folder, self.wait_seconds) as mine:
             if mine:

@@ -23,18 +23,17 @@ from orbax.checkpoint import v1 as ocp
 
 from flaxpretrain import config
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import from_store, is_remote
 from flaxpretrain.training.checksums import checksums
 from flaxpretrain.training.faults import root_cause, storage_fault
 from flaxpretrain.training.retention import Info, kept
+from flaxpretrain.training.shelves import open_shelf
 from flaxpretrain.training.state import TrainState, map_named, named_leaves
 
 PARAMS, TRAINING = "params", "training"
 INVENTORY = "files.json"
 """Sizes of a checkpoint's files, written once it is complete: damage is told at a glance."""
 
-_UNFINISHED = ".orbax-checkpoint-tmp"
-_DELETING = ".deleting"
-_DAMAGED = ".damaged"
 _ELSEWHERE = "another process could not read it"
 
 CLOCK_EVERY = 50
@@ -63,8 +62,8 @@ class Checkpoints:
         say: Callable[[str], None] | None = None,
     ) -> None:
         """`policy` is needed for saving only; `say` takes warnings (default: standard error)."""
-        text = str(folder)
-        self.folder = epath.Path(text if "://" in text else Path(text).absolute())
+        self._shelf = open_shelf(folder)
+        self.folder, self._path = self._shelf.folder, self._shelf.path
         self._policy = policy
         self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         self._infos: dict[int, Info] = {}
@@ -75,16 +74,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints not known to be damaged, oldest first."""
-        if not self.folder.exists():
-            return []
         try:
-            names = [path.name for path in self.folder.iterdir()]
-        except OSError as error:
-            raise UserError(
-                f"the checkpoints in {self.folder} cannot be listed ({error.strerror or error}): "
-                "choose another --workdir, or make it a folder that can be read"
-            ) from error
-        return sorted(step for n in names if n.isdigit() and (step := int(n)) not in self._damaged)
+            return sorted(step for step in self._shelf.steps() if step not in self._damaged)
+        except Exception as error:
+            if storage_fault(error) is None:
+                raise
+            raise self._unreadable(error) from error
 
     def regular(self) -> list[int]:
         """Those of the readable checkpoints that the clock had no part in, oldest first."""
@@ -222,14 +217,11 @@ class Checkpoints:
         for step in self.steps():
             # Unreadable ones are nobody's to delete.
             if step not in stay and step in self._infos:
-                self._delete(self._path(step))
+                self._shelf.delete(step)
 
     def close(self) -> None:
         """Waits for the last save."""
         self.wait()
-
-    def _path(self, step: int) -> epath.Path:
-        return self.folder / str(step)
 
     def _writing_policy(self) -> config.Checkpoints:
         if self._policy is None:
@@ -244,6 +236,12 @@ class Checkpoints:
         return UserError(
             f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; make "
             "room or choose another folder, then run again: earlier checkpoints are whole"
+        )
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"checkpoints in {self.folder} could not be read: {root_cause(error)}; look whether "
+            "this machine may read them, then run again: nothing was changed"
         )
 
     def _start(
@@ -262,6 +260,8 @@ class Checkpoints:
             self._saved_at = time.monotonic()
             if step in self.steps():
                 return
+            if jax.process_index() == 0:
+                self._shelf.clear(step)
             trees: dict[str, Any] = {PARAMS: _text_keys(params)}
             if training:
                 trees[TRAINING] = dict(training)
@@ -280,9 +280,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 sizes = _file_sizes(self._path(step))
-                aside = self._path(step) / (INVENTORY + ".new")
-                aside.write_text(json.dumps(sizes))
-                aside.rename(self._path(step) / INVENTORY)
+                self._shelf.write(self._path(step) / INVENTORY, json.dumps(sizes))
         finally:
             listed.set()
 
@@ -291,22 +289,10 @@ class Checkpoints:
         if self._tidied or jax.process_index() != 0:
             return
         self._tidied = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in list(self.folder.iterdir()):
-            if _UNFINISHED in path.name or path.name.endswith(_DELETING):
-                path.rmtree()
-        for step in self._damaged:
-            target = self.folder / f"{step}{_DAMAGED}"
-            if not self._path(step).exists() or target.exists():
-                continue
-            self._path(step).rename(target)
-            self._say(f"warning: moved the damaged checkpoint {self._path(step)} to {target.name}")
-
-    def _delete(self, path: epath.Path) -> None:
-        # Renamed first: a half-deleted checkpoint must not look whole.
-        aside = path.parent / (path.name + _DELETING)
-        path.rename(aside)
-        aside.rmtree()
+        self._shelf.tidy()
+        for step, reason in self._damaged.items():
+            if note := self._shelf.set_aside(step, reason):
+                self._say(f"warning: {note}")
 
     def _mark_damaged(self, step: int, reason: str) -> None:
         self._damaged[step] = reason
@@ -317,12 +303,19 @@ class Checkpoints:
                 "trying the one before"
             )
 
+    def _check_store(self, damage: _Damaged) -> None:
+        """Raises UserError where a bucket refused: that says nothing of what is in it."""
+        cause = damage.__cause__
+        if is_remote(str(self.folder)) and isinstance(cause, Exception) and from_store(cause):
+            raise self._unreadable(cause) from damage
+
     def _info(self, step: int) -> Info | None:
         """What a checkpoint says about itself; None, and a warning, where it is damaged."""
         if step not in self._infos:
             try:
                 self._infos[step] = _read_info(self._path(step), step)
             except _Damaged as damage:
+                self._check_store(damage)
                 self._mark_damaged(step, str(damage))
         return self._infos.get(step)
 
@@ -357,6 +350,7 @@ class Checkpoints:
             except _Misfit as misfit:
                 raise UserError(str(misfit)) from misfit
             except _Damaged as damage:
+                self._check_store(damage)
                 problem = str(damage)
             if _all_processes(not problem):
                 return result, dict(info.metadata), info.step

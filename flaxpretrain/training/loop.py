@@ -5,6 +5,7 @@ The loop never waits for the device: the metrics of step n are read while step n
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxtyping import PyTree
 from flaxpretrain import program
 from flaxpretrain.config import Phase, Run, render
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import Location
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble
 from flaxpretrain.training.checkpoints import Checkpoints
@@ -43,7 +45,7 @@ from flaxpretrain.training.metrics import (
 from flaxpretrain.training.preemption import Preemption
 from flaxpretrain.training.profiling import TRACES, Profiling, open_profiling
 from flaxpretrain.training.reporter import NotFinite, Reporter
-from flaxpretrain.training.resume import make_folder, start_state
+from flaxpretrain.training.resume import start_state
 from flaxpretrain.training.rewind import LossSpike, SpikeDetector, go_back
 from flaxpretrain.training.saver import Saver
 from flaxpretrain.training.seconds import resolve_seconds
@@ -61,13 +63,14 @@ from flaxpretrain.training.session import (
     write_json,
 )
 from flaxpretrain.training.watchdog import Watchdog
+from flaxpretrain.training.workdirs import Workdir, open_workdir
 
 __all__ = ["NotFinite", "train"]
 
 
 def train(
     run: Run,
-    workdir: Path,
+    workdir: Location,
     *,
     initial_params: Callable[[Run], PyTree] | None = None,
     command: str = "",
@@ -79,7 +82,7 @@ def train(
 
     Args:
         run: what to train.
-        workdir: made if it is not there.
+        workdir: made if it is not there; a folder, or gs://BUCKET/FOLDER.
         initial_params: gives the weights a new workdir starts from, instead of random ones.
         command: what the user typed, for the model card.
         quiet: no progress on the terminal.
@@ -95,7 +98,8 @@ def train(
             it has no such steps to trace.
     """
     first_process = jax.process_index() == 0
-    make_folder(workdir)
+    opened = open_workdir(workdir, lambda line: print(line, file=sys.stderr, flush=True))
+    workdir = opened.folder
     ledger = Ledger()
     with Watchdog(run.watchdog, ledger, leave):
         ledger.enter(PREPARE)
@@ -109,7 +113,7 @@ def train(
             run = resolve_seconds(run, workdir, dataset, mesh)
             phases = resolve_phases(run, dataset)
             assembly = assemble(run, mesh, total_steps(phases))
-            checkpoints = Checkpoints(workdir / "checkpoints", run.checkpoints)
+            checkpoints = Checkpoints(opened.checkpoints, run.checkpoints)
             identity = dataset_identity(dataset)
             state, step = start_state(
                 run, workdir, assembly, checkpoints, identity, phases, initial_params
@@ -127,18 +131,16 @@ def train(
             if first_process:
                 write_json(workdir / CONFIG, render(run))
                 write_json(workdir / "run.json", facts(run, dataset, mesh) | {"command": command})
-            profiling = open_profiling(
-                profile_steps, step, total_steps(phases), workdir, terminal.say
-            )
+            profiling = open_profiling(profile_steps, session)
             writers = _open_writers(run, workdir, step, terminal)
             events = Events(workdir / EVENTS, write=first_process)
             if step < session.total_steps:
                 again = "restart" if events.count("start") else "start"
                 events.record(again, step, lost_seconds=lost, processes=jax.process_count())
             try:
-                training = _Training(session, checkpoints, writers, identity, ledger, events)
                 with profiling:
-                    code = training.run(profiling)
+                    parts = checkpoints, writers, identity, ledger, events, opened
+                    code = _Training(session, *parts).run(profiling)
                 checkpoints.close()
                 return code
             except BaseException:
@@ -152,6 +154,7 @@ def train(
                 if first_process:
                     with contextlib.suppress(UserError):  # of a full disk something else tells
                         ledger.write(workdir, session.step, force=True)
+                opened.copy(wait=True)
 
 
 def _open_writers(run: Run, workdir: Path, step: int, terminal: Terminal) -> list[Writer]:
@@ -183,6 +186,7 @@ class _Training:
         identity: str,
         ledger: Ledger,
         events: Events,
+        workdir: Workdir,
     ) -> None:
         self._session, self._checkpoints = session, checkpoints
         self._ledger, self._events = ledger, events
@@ -192,7 +196,7 @@ class _Training:
         if session.run.rewind is not None:
             kept = {} if session.step == 0 else checkpoints.metadata(session.step)
             self._detector = SpikeDetector(session.run.rewind, kept.get("spikes", {}))
-        self._saver = Saver(session, checkpoints, identity, ledger, self._detector)
+        self._saver = Saver(session, checkpoints, identity, ledger, self._detector, workdir)
 
     def run(self, profiling: Profiling) -> int:
         """Trains to the end, or until asked to stop; returns the exit code."""

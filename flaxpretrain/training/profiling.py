@@ -1,13 +1,13 @@
 """Records what the devices do in some steps of a run, in the form that TensorBoard opens."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from flaxpretrain.errors import UserError
+from flaxpretrain.training.session import Session
 
 STEP = "train"
 """What profilers call an annotation that marks a step."""
@@ -16,14 +16,13 @@ TRACES = "tensorboard"
 """Folder in a workdir whose plugins/profile/ TensorBoard reads."""
 
 
-def open_profiling(
-    steps: range, begun: int, total: int, workdir: Path, say: Callable[[str], None]
-) -> "Profiling":
-    """A profiling of a run that goes on after step `begun`, whose first step compiles.
+def open_profiling(steps: range, session: Session) -> "Profiling":
+    """A profiling of what is left of a session, whose next step compiles.
 
     Raises:
         UserError: the run has no such steps.
     """
+    begun, total = session.step, session.total_steps
     if steps and steps.stop > total + 1:
         raise UserError(
             f"--profile-steps {steps.start}:{steps.stop}: the run ends with step {total}, so "
@@ -32,11 +31,11 @@ def open_profiling(
     left = range(max(steps.start, begun + 2), steps.stop)
     if steps and left != steps:
         what = f"{len(left)} of these steps" if left else "none of these steps"
-        say(
+        session.say(
             f"--profile-steps {steps.start}:{steps.stop}: step {begun + 1} comes next and "
             f"compiles, so {what} will be traced"
         )
-    return Profiling(left, workdir / TRACES)
+    return Profiling(left, session.workdir / TRACES)
 
 
 class Profiling:

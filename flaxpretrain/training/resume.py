@@ -16,19 +16,6 @@ FORMAT = 1
 """Of checkpoints' metadata."""
 
 
-def make_folder(workdir: Path) -> None:
-    """Makes a workdir, or raises UserError where it cannot be written."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{jax.process_index()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--workdir {workdir} cannot be written ({error.strerror}): choose another folder"
-        ) from error
-
-
 def start_state(
     run: Run,
     workdir: Path,

@@ -7,6 +7,7 @@ from flaxpretrain.training.goodput import Ledger
 from flaxpretrain.training.resume import FORMAT
 from flaxpretrain.training.rewind import SpikeDetector
 from flaxpretrain.training.session import Session
+from flaxpretrain.training.workdirs import Workdir
 
 
 class Saver:
@@ -19,8 +20,10 @@ class Saver:
         identity: str,
         ledger: Ledger,
         detector: SpikeDetector | None,
+        workdir: Workdir,
     ) -> None:
         """`identity` is that of the dataset."""
+        self._workdir = workdir
         self._ledger, self._detector = ledger, detector
         self._session, self._checkpoints, self._identity = session, checkpoints, identity
         self._saved = session.step if checkpoints.latest() is not None else -1
@@ -52,4 +55,5 @@ class Saver:
         self._checkpoints.save(
             session.step, session.state, metadata, metrics=session.figures, force=force
         )
+        self._workdir.copy()
         self._saved = session.step

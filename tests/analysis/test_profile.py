@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jax.profiler import ProfileData
 
-from flaxpretrain.analysis.profile import PARTS, Instruction, part, step_times
+from flaxpretrain.analysis.profile import PARTS, Instruction, part_of, step_times
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.loop import train
 from tests import toys
@@ -110,7 +110,7 @@ def test_a_tpu_is_read_by_its_operations(tmp_path):
     ],
 )  # fmt: skip
 def test_the_part_of_an_instruction(opcodes, target, origin, expected):
-    assert part("fusion_1", Instruction(frozenset(opcodes), target, origin)) == expected
+    assert part_of("fusion_1", Instruction(frozenset(opcodes), target, origin)) == expected
 
 
 def test_a_folder_without_a_trace_and_a_broken_one_are_told(tmp_path):
@@ -124,7 +124,7 @@ def test_a_folder_without_a_trace_and_a_broken_one_are_told(tmp_path):
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traced")
-    run = toys.packed_run(toys.dataset(folder / "data"), steps=5)
+    run = toys.packed_run(str(toys.dataset(folder / "data")), steps=5)
     train(run, folder / "run", quiet=True, profile_steps=range(3, 5))
     return folder / "run"
 
@@ -147,6 +147,6 @@ def test_the_program_prints_the_table(traced):
 
 
 def test_steps_that_a_run_does_not_have_are_told(tmp_path):
-    run = toys.packed_run(toys.dataset(tmp_path / "data"), steps=5)
+    run = toys.packed_run(str(toys.dataset(tmp_path / "data")), steps=5)
     with pytest.raises(UserError, match="--profile-steps 10:13: the run ends with step 5"):
         train(run, tmp_path / "run", quiet=True, profile_steps=range(10, 13))
