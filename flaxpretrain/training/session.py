@@ -221,7 +221,16 @@ def open_pipeline(
             noise_seed=run.seeds.noise,
             history=history,
         )
-    pipeline = BucketPipeline if isinstance(run.data.layout, LengthBuckets) else Pipeline
+    options = {"window_tokens": run.data.window_tokens}
+    pipeline = Pipeline
+    if isinstance(run.data.layout, LengthBuckets):
+        if run.data.window_tokens is not None:
+            raise UserError(
+                "data.layout: LengthBuckets sorts the whole split by length, which cannot be read "
+                "in windows (data.window_tokens): use Documents(), which packs, or a local copy of "
+                "the dataset"
+            )
+        pipeline, options = BucketPipeline, {}
     return pipeline(
         dataset.split(run.data.split),
         run.data.layout,
@@ -230,7 +239,7 @@ def open_pipeline(
         order_seed=run.seeds.order,
         noise_seed=run.seeds.noise,
         duplication=run.data.duplication,
-        window_tokens=run.data.window_tokens,
+        **options,
     )
 
 
