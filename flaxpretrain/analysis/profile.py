@@ -135,7 +135,7 @@ def step_times(folder: Path) -> list[StepTimes]:
 
 
 def _read(
-    data: ProfileData, programs: Mapping[str, Mapping[str, Instruction]]
+    data: Any, programs: Mapping[str, Mapping[str, Instruction]]
 ) -> tuple[int, dict[str, list[Event]]]:
     """The number of steps in a trace, and the events of each device."""
     known = _Known(programs)

@@ -39,6 +39,10 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """What is drawn, in this order: a title and the names of figures, `*` for any text without "/"."""
 
 
+OWN_PANELS = ("loss", "time", "epochs")
+"""First parts of names that are no split's, and have panels of their own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunLog:
     """What a workdir tells of its run: rows of metrics, configuration, machine."""
@@ -121,6 +125,8 @@ def read_run(workdir: Path) -> RunLog:
 def matches(name: str, pattern: str) -> bool:
     """Whether a figure has the form of a pattern: `*` stands for text without "/"."""
     if name.count("/") != pattern.count("/"):
+        return False
+    if pattern.startswith("*/") and name.split("/")[0] in OWN_PANELS:
         return False
     pairs = zip(name.split("/"), pattern.split("/"), strict=True)
     return all(_fits(part, form) for part, form in pairs)
@@ -231,8 +237,10 @@ def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
 
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-    "img{max-width:49%;height:auto}table{border-collapse:collapse;margin:1em 0}"
-    "td,th{border-bottom:1px solid #ddd;padding:.2em .8em;text-align:left}"
+    "img{width:49%;height:auto}@media(max-width:800px){img{width:100%}}"
+    "table{border-collapse:collapse;margin:1em 0}"
+    "td,th{border-bottom:1px solid #ddd;padding:.2em .8em;text-align:left;overflow-wrap:anywhere}"
+    "th{background:#f6f6f6}tr:hover td{background:#fafafa}td+td{font-variant-numeric:tabular-nums}"
 )
 
 

@@ -27,7 +27,8 @@ def use_compile_cache(workdir: Location, wanted: Location | None) -> None:
     on_cpu = jax.devices()[0].platform == "cpu"
     if on_cpu and jax.process_count() > 1:
         return
-    if wanted is None and jax.config.jax_compilation_cache_dir is not None:
+    told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if wanted is None and told is not None:
         return
     folder = joined(workdir, FOLDER) if wanted is None else wanted
     if on_cpu:

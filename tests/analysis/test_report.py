@@ -102,6 +102,8 @@ def test_pictures_are_of_figures_with_two_points_at_least(tmp_path):
         ("loss/masked_lm", "loss/*", True),
         ("validation/disc_accuracy", "*/*_accuracy", True),
         ("disc_accuracy", "*/*_accuracy", False),
+        ("validation/masked_lm", "*/masked_lm", True),
+        ("loss/masked_lm", "*/masked_lm", False),
         ("accuracy", "*_accuracy", False),
     ],
 )

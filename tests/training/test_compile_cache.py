@@ -1,6 +1,7 @@
 """Programs that were compiled once are not compiled again when a run is started again."""
 
 import collections
+import shutil
 
 import jax
 import pytest
@@ -56,12 +57,13 @@ def run(tmp_path, *more):
 
 
 def test_a_restart_compiles_nothing_that_took_long(tmp_path, settings, counted):
-    run(tmp_path, "--set", "steps=4")
+    run(tmp_path, "--set", "steps=8")
     kept = {path.name for path in (tmp_path / "run" / FOLDER).rglob("*-cache")}
     assert any(name.startswith("jit_train_step-") for name in kept)
     assert counted[MISS] > 0 and counted[HIT] == 0
     counted.clear()
-    run(tmp_path, "--set", "steps=6")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    run(tmp_path, "--set", "steps=8")
     assert counted[HIT] >= 1
     again = {path.name for path in (tmp_path / "run" / FOLDER).rglob("*-cache")}
     steps = {name for name in kept | again if name.startswith("jit_train_step-")}
