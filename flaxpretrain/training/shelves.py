@@ -8,6 +8,7 @@ never finished. A damaged checkpoint gets a mark of its own.
 from pathlib import Path
 
 from etils import epath
+from etils.epath import backend
 
 from flaxpretrain.locations import is_remote
 
@@ -79,10 +80,8 @@ class BucketShelf(Shelf):
 
     def _marks(self) -> dict[int, set[str]]:
         """The names of the objects beside the arrays of each checkpoint, complete or not."""
-        import fsspec
-
-        # Arrays go past the system's list of what there is.
-        fsspec.filesystem("gs", finalize_on_close=True).invalidate_cache()
+        # Arrays go past the list of what there is, which epath's file system keeps.
+        backend.fsspec_backend.fs(self.folder).invalidate_cache()
         if not self.folder.exists():
             return {}
         paths = [path for path in self.folder.iterdir() if path.name.isdigit()]

@@ -13,6 +13,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+from etils.epath import backend
 
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.checkpoints import Checkpoints, restore_params
@@ -44,7 +45,9 @@ def bucket(tmp_path, monkeypatch):
     logging.getLogger("google.auth._default").setLevel(logging.ERROR)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with serving(monkeypatch) as bucket:
+        # Those of the bucket before.
         fsspec.filesystem("gs").clear_instance_cache()
+        backend.fsspec_backend._get_filesystem.cache_clear()
         yield bucket
         assert not bucket.renames
 
