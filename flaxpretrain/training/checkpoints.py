@@ -455,8 +455,12 @@ def _file_sizes(folder: epath.Path) -> dict[str, int]:
 
 
 def _check_fit(path: epath.Path, wanted: Mapping[str, PyTree]) -> None:
-    """Raises _Misfit where shapes or dtypes differ, which Orbax would report less clearly."""
+    """Raises _Misfit where shapes or dtypes differ, _Damaged where they cannot be read."""
     stored_trees = ocp.checkpointables_metadata(path).metadata
+    for name in wanted:
+        # Orbax leaves out a tree whose description it cannot read.
+        if not stored_trees.get(name):
+            raise _Damaged(f"what the arrays of {name} are cannot be read")
     stored = named_leaves({name: stored_trees.get(name, {}) for name in wanted})
     asked = named_leaves(dict(wanted))
     lines = []
