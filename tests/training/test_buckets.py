@@ -18,6 +18,7 @@ from etils.epath import backend
 from flaxpretrain.errors import UserError
 from flaxpretrain.training.checkpoints import Checkpoints, restore_params
 from flaxpretrain.training.loop import train
+from flaxpretrain.training.schedules import Constant
 from flaxpretrain.training.shelves import COMMITTED_MARK, DAMAGED_MARK
 from flaxpretrain.training.workdirs import NOT_COPIED, local_folder
 from tests import toys
@@ -66,7 +67,9 @@ def test_a_killed_run_goes_on_from_the_bucket_on_a_fresh_machine_bit_for_bit(
 ):
     recipe = tmp_path / "toy_recipe.py"
     recipe.write_text(
-        f"from tests import toys\ndef recipe():\n    return toys.packed_run({data!r})\n"
+        "from tests import toys\n"
+        "from flaxpretrain.training.schedules import Constant\n"
+        f"def recipe():\n    return toys.packed_run({data!r}, schedule=Constant())\n"
     )
     command = [sys.executable, ROOT / "run_pretraining.py", recipe, "--workdir", RUN, "--quiet"]
     environment = os.environ | {
@@ -88,7 +91,8 @@ def test_a_killed_run_goes_on_from_the_bucket_on_a_fresh_machine_bit_for_bit(
 
     monkeypatch.setenv("HOME", str(tmp_path / "another_home"))
     last = begun + 6
-    run = toys.packed_run(data, steps=last)
+    # A schedule that does not depend on how many steps there will be.
+    run = toys.packed_run(data, steps=last, schedule=Constant())
     assert train(run, RUN, quiet=True) == 0
     assert train(run, tmp_path / "whole", quiet=True) == 0
     whole, _, step = restore_params(tmp_path / "whole" / "checkpoints")
