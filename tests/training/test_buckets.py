@@ -62,6 +62,7 @@ def equal(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_the_bucket_on_a_fresh_machine_bit_for_bit(
     bucket, data, tmp_path, monkeypatch
 ):
