@@ -335,6 +335,9 @@ def _add_kernel(instruction: Instruction, times: int, sums: Totals) -> None:
         instruction.attributes.find("operand_layout_constraints") :
     ]
     rows = [s.dimensions for s in shapes(constraints) if len(s.dimensions) >= 3 and s.dtype != "s8"]
+    heads = re.search(r"heads_of_(\d+)", name)
+    if heads:
+        sums.head_sizes[name] = int(heads.group(1))
     if stated:
         sums.kernel_flops[name] += times * int(stated.group(1))
     elif products and len(rows) >= 2:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,12 +24,11 @@ from flaxpretrain.models.layers import (
 )
 from flaxpretrain.models.memory import Kept
 from flaxpretrain.models.partition import context_size, flat, on_each_device, whole_rows
+from flaxpretrain.models.row_attention import LANES, row_attention, side_by_side, takes
+from flaxpretrain.models.splash import padded, splash_attention
 
 NEVER = -1e30
 """Score of a pair of tokens that may not look at each other: finite, so no row becomes NaN."""
-
-SPLASH_BLOCK = 128
-"""Splash attention works on blocks of a multiple of this many tokens; shorter rows are padded."""
 
 
 def may_attend(
@@ -90,66 +88,6 @@ def xla_attention(
     return lean(context)(query, key, value, bias)
 
 
-def _padded(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
-    """`x` with more entries along an axis, up to a multiple of so many."""
-    more = -x.shape[axis] % multiple
-    if not more:
-        return x
-    widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
-
-
-def splash_attention(
-    query: Float[Array, "B H L K"],
-    key: Float[Array, "B H S K"],
-    value: Float[Array, "B H S K"],
-    segment_ids: Int[Array, "B L"],
-    key_segment_ids: Int[Array, "B S"],
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    interpret: bool = False,
-) -> Float[Array, "B H L K"]:
-    """The flash kernel of TPUs, which skips the blocks that a causal mask or a window rules out.
-
-    Reference: jax/experimental/pallas/ops/tpu/splash_attention; https://arxiv.org/abs/2205.14135.
-    """
-    # Imported here: Pallas takes a second to load, and only TPUs need it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    length = query.shape[2]
-    query, key, value = (_padded(x, 2, SPLASH_BLOCK) for x in (query, key, value))
-    segments = splash.SegmentIds(
-        *(_padded(ids, 1, SPLASH_BLOCK, -1) for ids in (segment_ids, key_segment_ids))
-    )
-    shape = (query.shape[2], key.shape[2])
-    if window is not None:
-        mask = masks.LocalMask(shape, (window, 0 if causal else window), 0)
-    else:
-        mask = (masks.CausalMask if causal else masks.FullMask)(shape)
-    block, key_block = (math.gcd(size, 4 * SPLASH_BLOCK) for size in shape)
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([mask] * query.shape[1]),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=key_block,
-            block_q_dkv=block,
-            block_kv_dkv=key_block,
-            use_fused_bwd_kernel=True,
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=ATTENTION_CONTEXT,
-        interpret=interpret,
-    )
-
-    def row(query: Array, key: Array, value: Array, segments: Any) -> Array:
-        return kernel(query, key, value, segments)  # pyright: ignore[reportReturnType]
-
-    return jax.vmap(row)(query, key, value, segments)[:, :, :length]
-
-
 def cudnn_attention(
     query: Float[Array, "B L H K"],
     key: Float[Array, "B S H K"],
@@ -168,10 +106,8 @@ def cudnn_attention(
         )
     length = query.shape[1]
     # Its backward pass with a mask takes even lengths only.
-    query, key, value = (_padded(x, 1, 2) for x in (query, key, value))
-    segment_ids, key_segment_ids = (
-        _padded(ids, 1, 2, -1) for ids in (segment_ids, key_segment_ids)
-    )
+    query, key, value = (padded(x, 1, 2) for x in (query, key, value))
+    segment_ids, key_segment_ids = (padded(ids, 1, 2, -1) for ids in (segment_ids, key_segment_ids))
     # It skips what a causal mask or a causal window rules out; other windows go into the mask.
     apart = window if not causal else None
     return jax.nn.dot_product_attention(
@@ -203,8 +139,10 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla_attention, "BHLK", flash=False),
     "splash": Backend(splash_attention, "BHLK"),
+    "rows": Backend(splash_attention, "BHLK"),
     "cudnn": Backend(cudnn_attention, "BLHK"),
 }
+"""By name. `rows` is `row_attention` where that has a form for the shapes, else splash."""
 
 
 @contextlib.contextmanager
@@ -239,6 +177,16 @@ def is_plain(causal: bool, window: int | None, prefix: Array | None, bias: Array
     """
     in_parts = context_size() > 1 and (causal or window is not None)
     return prefix is None and bias is None and not in_parts
+
+
+def refuse_dropout(name: str, rate: float, keys: Key[Array, "B"] | None) -> None:
+    """Raises UserError where dropout is asked of a backend that has none."""
+    if keys is not None and rate > 0.0:
+        raise UserError(
+            f"attention: {name!r} attention has no dropout; set it to 0.0 in the model "
+            f"(got {rate}; attention_probs_dropout_prob, attn_pdrop, attention_dropout or "
+            "dropout_rate) or set attention to xla"
+        )
 
 
 def attend(
@@ -283,13 +231,8 @@ def attend(
     function = functools.partial(chosen.function, causal=causal, window=window)
     if not chosen.flash:
         function = functools.partial(function, prefix=prefix, bias=bias, rate=rate, keys=keys)
-    elif keys is not None and rate > 0.0:
-        raise UserError(
-            f"attention: {name!r} attention has no dropout; set it to 0.0 in the model "
-            f"(got {rate}; attention_probs_dropout_prob, attn_pdrop, attention_dropout or "
-            "dropout_rate) or set attention to xla"
-        )
     else:
+        refuse_dropout(name, rate, keys)
         heads, length = (query.shape[chosen.layout.index(letter)] for letter in "HL")
         function = on_each_device(function, chosen.layout, heads, length)
     context = function(query, key, value, segment_ids, key_segment_ids)
@@ -340,8 +283,13 @@ class Merge(nnx.Module):
         self.bias = zeros((width,)) if bias else None
 
     def __call__(self, context: Float[Array, "B ..."], layout: str) -> Float[Array, "B L D"]:
-        """The heads joined and projected."""
-        y = jnp.einsum(f"{layout},HKD->BLD", context, self.kernel[...])
+        """The heads joined and projected; in layout `BLH` they already are one axis."""
+        kernel = self.kernel[...]
+        if layout == "BLH":
+            rows = context.reshape(-1, context.shape[-1])
+            y = (rows @ kernel.reshape(rows.shape[-1], -1)).reshape(*context.shape[:2], -1)
+        else:
+            y = jnp.einsum(f"{layout},HKD->BLD", context, kernel)
         if self.bias is None:
             return y
         return add_bias(flat(y), self.bias[...]).reshape(y.shape)
@@ -351,19 +299,34 @@ def project(
     heads: Sequence[Heads], scales: Sequence[Any], x: Float[Array, "B L D"], layout: str
 ) -> Float[Array, "n ..."]:
     """Several projections, each scaled, by one matrix product straight in the given layout."""
-    kernels = [part.kernel[...] for part in heads]
-    scales = [jnp.asarray(scale, kernels[0].dtype) for scale in scales]
-    kernel = jnp.stack([k * s for k, s in zip(kernels, scales, strict=True)])
-    y = jnp.einsum(f"BLD,nDHK->n{layout}", x, kernel)
-    biases = [
-        part.bias[...] * scale
-        for part, scale in zip(heads, scales, strict=True)
-        if part.bias is not None
-    ]
+    kernels, biases = _scaled(heads, scales)
+    y = jnp.einsum(f"BLD,nDHK->n{layout}", x, jnp.stack(kernels))
     if not biases:
         return y
     without = [i + 1 for i, letter in enumerate(layout) if letter in "BL"]
     return y + jnp.expand_dims(jnp.stack(biases), without)
+
+
+def project_side_by_side(
+    heads: Sequence[Heads], scales: Sequence[Any], x: Float[Array, "B L D"]
+) -> Float[Array, "B L nE"]:
+    """Several projections, each scaled, as `row_attention` takes them: one plain matrix product."""
+    kernels, biases = _scaled(heads, scales)
+    kernel = side_by_side([k.reshape(len(k), -1) for k in kernels])
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    if biases:
+        y = add_bias(y, side_by_side([bias.reshape(-1) for bias in biases]))
+    return y.reshape(*x.shape[:2], -1)
+
+
+def _scaled(heads: Sequence[Heads], scales: Sequence[Any]) -> tuple[list[Array], list[Array]]:
+    """Kernels and biases of projections whose results are to be multiplied."""
+    pairs = [
+        (part, jnp.asarray(scale, part.kernel[...].dtype))
+        for part, scale in zip(heads, scales, strict=True)
+    ]
+    kernels = [part.kernel[...] * scale for part, scale in pairs]
+    return kernels, [part.bias[...] * scale for part, scale in pairs if part.bias is not None]
 
 
 class Attention(nnx.Module):
@@ -418,8 +381,14 @@ class Attention(nnx.Module):
         which `scale` multiplies beforehand; for the others see `attend`.
         """
         plain = is_plain(self.causal, window, prefix, score_bias)
-        layout = chosen_backend(plain=plain)[1].layout
+        name, backend = chosen_backend(plain=plain)
+        layout = backend.layout
         scale = self.scale * scale
+        heads, size = self.query.kernel[...].shape[1:]
+        lengths = (x.shape[1], x.shape[1] if source is None else source.shape[1])
+        if name == "rows" and context_size() == 1 and takes(heads, size, *lengths):
+            refuse_dropout(name, self.dropout_rate, keys)
+            return self._by_rows(x, segment_ids, source, source_segment_ids, window, scale)
         if source is None:
             parts = (self.query, self.key, self.value)
             query, key, value = project(parts, (scale, 1.0, 1.0), x, layout)
@@ -440,6 +409,36 @@ class Attention(nnx.Module):
             keys=keys,
         )
         return self.out(context, layout)
+
+    def _by_rows(
+        self,
+        x: Array,
+        segment_ids: Array,
+        source: Array | None,
+        source_segment_ids: Array | None,
+        window: int | None,
+        scale: Any,
+    ) -> Array:
+        """What the call returns, by the kernel for whole rows."""
+        if source is None:
+            parts = (self.query, self.key, self.value)
+            packed = (project_side_by_side(parts, (scale, 1.0, 1.0), x),)
+        else:
+            packed = (
+                project_side_by_side((self.query,), (scale,), x),
+                project_side_by_side((self.key, self.value), (1.0, 1.0), source),
+            )
+        heads, size = self.query.kernel[...].shape[1:]
+        key_ids = segment_ids if source_segment_ids is None else source_segment_ids
+
+        def attended(*arguments: Array) -> Array:
+            *packed, ids, key_ids = arguments
+            return row_attention(packed, ids, key_ids, size=size, causal=self.causal, window=window)
+
+        blocks = heads * size // LANES
+        mapped = on_each_device(attended, "BLH", blocks, x.shape[1], arrays=len(packed))
+        context = mapped(*packed, segment_ids, key_ids)
+        return self.out(checkpoint_name(context, ATTENTION_CONTEXT), "BLH")
 
     def keep(self, source: Float[Array, "B S D"]) -> Kept:
         """Keys and values of an encoder's tokens, for `recall`."""

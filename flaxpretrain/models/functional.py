@@ -28,7 +28,7 @@ _SAVE_ATTENTION = _POLICIES.save_only_these_names(ATTENTION_CONTEXT)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": _POLICIES.nothing_saveable,
-    "dots": _POLICIES.dots_saveable,
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _SAVE_ATTENTION),
     "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
     "save_attention": _SAVE_ATTENTION,
     "dots_save_attention": _POLICIES.save_from_both_policies(
@@ -38,7 +38,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 """What the backward pass finds saved, by name.
 
 `none` saves everything, `full` only each layer's input. The `dots` policies save the results of
-matrix products (`dots_no_batch`: not those between activations, such as attention scores);
+matrix products, `dots` attention's output among them, which spares the kernel's second forward
+pass (`dots_no_batch`: not those between activations, such as attention scores and its output);
 `save_attention` saves attention's output, which spares a flash kernel's second forward pass.
 """
 

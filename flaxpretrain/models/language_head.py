@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.attention import NEVER
-from flaxpretrain.models.layers import Initializer, normal, zeros
+from flaxpretrain.models.layers import Initializer, add_bias, normal, zeros
 from flaxpretrain.models.partition import flat, over_context
 
 Part = TypeVar("Part")
@@ -31,9 +31,7 @@ def vocabulary_logits(
     rows = flat(hidden if hidden.ndim < 3 else over_context(hidden))
     logits = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
     added = jnp.zeros(kernel.shape[1]) if bias is None else bias.astype(jnp.float32)
-    logits += jnp.where(jnp.arange(kernel.shape[1]) < vocab_size, added, NEVER).reshape(
-        *[1] * (rows.ndim - 1), -1
-    )
+    logits = add_bias(logits, jnp.where(jnp.arange(kernel.shape[1]) < vocab_size, added, NEVER))
     return logits.reshape(*hidden.shape[:-1], -1)
 
 

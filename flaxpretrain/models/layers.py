@@ -1,7 +1,9 @@
 """Parts of every transformer: dense layers, norms, activations, dropout and initialisers."""
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt
 
 from flaxpretrain.errors import UserError
+from flaxpretrain.models.functional import execution
 from flaxpretrain.models.partition import flat
 
 
@@ -60,7 +63,49 @@ def lean(function: Callable[..., Array]) -> Callable[..., Array]:
     For chains of elementwise operations, whose intermediate results cost more to write and to read
     again than to compute twice. Unlike a remat policy it leaves the matrix products alone.
     """
-    return jax.checkpoint(function, prevent_cse=False)
+    # Inside a scan the loop itself keeps XLA from undoing it; side by side it would find both.
+    return jax.checkpoint(function, prevent_cse=not execution().scan)
+
+
+def column_sums(rows: Float[Array, "*N F"]) -> Float[Array, "F"]:
+    """The sum over all rows, in float32: as a matrix product where that is faster.
+
+    XLA:CPU turns the sum over rows into one over batch and length, which was 10 times slower; on
+    TPUs the vector unit takes 30 times what the matrix unit takes.
+    """
+
+    def product(x: Array) -> Array:
+        ones = jnp.ones((8, len(x)), x.dtype)  # of one row XLA makes a sum again
+        exact = None if x.dtype != jnp.float32 else jax.lax.Precision.HIGHEST
+        total = jnp.matmul(ones, x, precision=exact, preferred_element_type=jnp.float32)
+        return total[0]
+
+    if rows.ndim > 2:  # rows in parts over the mesh's `context` stay so
+        return jnp.sum(rows, axis=range(rows.ndim - 1), dtype=jnp.float32)
+    return jax.lax.platform_dependent(
+        rows,
+        cpu=lambda x: (jnp.ones(x.shape[:1], x.dtype) @ x).astype(jnp.float32),
+        tpu=product,
+        default=lambda x: jnp.sum(x, axis=0, dtype=jnp.float32),
+    )
+
+
+def row_products(rows: Float[Array, "*N D"], vector: Float[Array, "D"]) -> Float[Array, "*N 1"]:
+    """The inner product of every row with a vector, in float32; on TPUs by the matrix unit too."""
+
+    def product(x: Array, vector: Array) -> Array:
+        exact = None if x.dtype != jnp.float32 else jax.lax.Precision.HIGHEST
+        columns = jnp.broadcast_to(vector.astype(x.dtype)[:, None], (len(vector), 8))
+        return jnp.matmul(x, columns, precision=exact, preferred_element_type=jnp.float32)[..., :1]
+
+    return jax.lax.platform_dependent(
+        rows,
+        vector,
+        tpu=product,
+        default=lambda x, v: jnp.sum(
+            x.astype(jnp.float32) * trailing(v, x), axis=-1, keepdims=True
+        ),
+    )
 
 
 @jax.custom_vjp
@@ -69,22 +114,15 @@ def add_bias(rows: Float[Array, "*N F"], bias: Float[Array, "F"]) -> Float[Array
     return rows + jnp.expand_dims(bias, range(rows.ndim - 1))
 
 
-def _bias_gradients(_: None, gradient: Array) -> tuple[Array, Array]:
-    """The gradient of the bias on the CPU is a product: XLA:CPU's sum took twice the layer's own.
-
-    It turns the sum over rows into one over batch and length, which was 10 times slower.
-    """
-    if gradient.ndim > 2:
-        return gradient, jnp.sum(gradient, axis=range(gradient.ndim - 1))
-    summed = jax.lax.platform_dependent(
-        gradient,
-        cpu=lambda g: jnp.ones(g.shape[:1], g.dtype) @ g,
-        default=lambda g: jnp.sum(g, axis=0),
-    )
-    return gradient, summed
+def _bias_saving(rows: Array, bias: Array) -> tuple[Array, Array]:
+    return add_bias(rows, bias), bias
 
 
-add_bias.defvjp(lambda rows, bias: (add_bias(rows, bias), None), _bias_gradients)
+def _bias_gradients(bias: Array, gradient: Array) -> tuple[Array, Array]:
+    return gradient, column_sums(gradient).astype(bias.dtype)
+
+
+add_bias.defvjp(_bias_saving, _bias_gradients)
 
 
 class Dense(nnx.Module):
@@ -112,6 +150,56 @@ class Dense(nnx.Module):
         return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(
+    rows: Float[Array, "*N D"], scale: Float[Array, "D"], bias: Float[Array, "D"], epsilon: float
+) -> Float[Array, "*N D"]:
+    return _layer_norm_saving(rows, scale, bias, epsilon)[0]
+
+
+def _layer_norm_saving(
+    rows: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, tuple[Array, ...]]:
+    """What is normalised, and two numbers a row.
+
+    bfloat16's own rounding of a row shifts its variance more than the difference of float32 moments
+    does, so both are taken in one pass; finer formats take a second one.
+    """
+    wide = rows.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    if rows.dtype == jnp.bfloat16:
+        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+    else:
+        variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    normal = (wide - mean) * inverse
+    return (normal * trailing(scale, wide) + trailing(bias, wide)).astype(rows.dtype), (
+        rows,
+        scale,
+        mean,
+        inverse,
+    )
+
+
+def _layer_norm_gradients(
+    epsilon: float, saved: tuple[Array, ...], gradient: Array
+) -> tuple[Array, Array, Array]:
+    rows, scale, mean, inverse = saved
+    normal = (rows.astype(jnp.float32) - mean) * inverse
+    toward = gradient.astype(jnp.float32)
+    along = (toward * normal).astype(rows.dtype)
+    level, slope = (row_products(x, scale) / len(scale) for x in (gradient, along))
+    back = (inverse * (toward * trailing(scale, toward) - level - normal * slope)).astype(
+        rows.dtype
+    )
+    sums = (column_sums(x).astype(scale.dtype) for x in (along, gradient))
+    return back, *sums
+
+
+_layer_norm.defvjp(_layer_norm_saving, _layer_norm_gradients)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation in float32, returned in the dtype of its input.
 
@@ -125,15 +213,36 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """`(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
+        rows = flat(x)
+        return _layer_norm(rows, self.scale[...], self.bias[...], self.epsilon).reshape(x.shape)
 
-        def normalised(x: Array, scale: Array, bias: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-            variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-            normal = centred * jax.lax.rsqrt(variance + self.epsilon)
-            return (normal * trailing(scale, wide) + trailing(bias, wide)).astype(x.dtype)
 
-        return lean(normalised)(x, self.scale[...], self.bias[...])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(
+    rows: Float[Array, "*N D"], scale: Float[Array, "D"], epsilon: float
+) -> Float[Array, "*N D"]:
+    return _rms_norm_saving(rows, scale, epsilon)[0]
+
+
+def _rms_norm_saving(rows: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+    wide = rows.astype(jnp.float32)
+    square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(square + epsilon)
+    return (wide * inverse * trailing(scale, wide)).astype(rows.dtype), (rows, scale, inverse)
+
+
+def _rms_norm_gradients(
+    epsilon: float, saved: tuple[Array, ...], gradient: Array
+) -> tuple[Array, Array]:
+    rows, scale, inverse = saved
+    normal, toward = rows.astype(jnp.float32) * inverse, gradient.astype(jnp.float32)
+    along = (toward * normal).astype(rows.dtype)
+    slope = row_products(along, scale) / len(scale)
+    back = (inverse * (toward * trailing(scale, toward) - normal * slope)).astype(rows.dtype)
+    return back, column_sums(along).astype(scale.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_saving, _rms_norm_gradients)
 
 
 class RMSNorm(nnx.Module):
@@ -148,15 +257,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """`x / sqrt(mean(x^2) + epsilon) * scale`."""
-
-        def normalised(x: Array, scale: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-            return (wide * jax.lax.rsqrt(square + self.epsilon) * trailing(scale, wide)).astype(
-                x.dtype
-            )
-
-        return lean(normalised)(x, self.scale[...])
+        rows = flat(x)
+        return _rms_norm(rows, self.scale[...], self.epsilon).reshape(x.shape)
 
 
 def _gelu(x: Array) -> Array:
@@ -235,18 +337,52 @@ def row_bits(keys: Key[Array, "B"], shape: tuple[int, ...]) -> UInt[Array, "..."
 
     A hash of the place instead of `jax.random.bits`: XLA fuses it into whatever uses the bits, no
     matter how the array is sharded, and it takes a small part of Threefry's instructions.
+    """
+    words = _word_bits(jax.random.key_data(keys).astype(jnp.uint32), shape)
+    return words ^ (words >> 15)
+
+
+def _word_bits(words: UInt[Array, "B W"], shape: tuple[int, ...]) -> UInt[Array, "..."]:
+    """The bits of `row_bits` but for the last step, which the highest 15 bits do not feel.
+
+    The last axis has a constant a place, the axes before it a word a place that the key makes;
+    their sum is mixed. So no element multiplies more than twice.
 
     Reference: the mixing function is lowbias32, https://github.com/skeeto/hash-prospector, with
-    the two words of the key added before its first and its second multiplication.
+    the second word of the key added before its second multiplication.
     """
-    words = jax.random.key_data(keys).astype(jnp.uint32)
     column = (-1, *(1,) * (len(shape) - 1))
     first, second = words[:, 0].reshape(column), words[:, -1].reshape(column)
-    places = jax.lax.iota(jnp.uint32, math.prod(shape[1:])).reshape(1, *shape[1:])
-    mixed = places * jnp.uint32(0x9E3779B9) + first
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x21F0AAAD)
-    mixed = ((mixed ^ (mixed >> 15)) + second) * jnp.uint32(0xD35A2D97)
-    return mixed ^ (mixed >> 15)
+    before = jax.lax.iota(jnp.uint32, math.prod(shape[1:-1])).reshape(1, *shape[1:-1], 1)
+    mixed = _mixed(before * jnp.uint32(0x9E3779B9) + first, second)
+    # Made once a token, and not again for each of its numbers.
+    mixed = jax.lax.optimization_barrier(mixed ^ (mixed >> 15))
+    places = np.arange(1, shape[-1] + 1, dtype=np.uint32)
+    last = _mixed(places * np.uint32(0x9E3779B9), np.uint32(0))
+    return _mixed(mixed + trailing(jnp.asarray(last), mixed), np.uint32(0))
+
+
+def _mixed(x: Any, more: Any) -> Any:
+    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
+    return ((x ^ (x >> 15)) + more) * np.uint32(0xD35A2D97)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dropped(rate: float, x: Float[Array, "B ..."], words: UInt[Array, "B W"]) -> Array:
+    kept = _word_bits(words, x.shape) >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def _dropped_saving(rate: float, x: Array, words: Array) -> tuple[Array, Array]:
+    return _dropped(rate, x, words), words
+
+
+def _dropped_gradients(rate: float, words: Array, gradient: Array) -> tuple[Array, None]:
+    """The bits are computed again, from words that XLA does not know for the same ones."""
+    return _dropped(rate, gradient, jax.lax.optimization_barrier(words)), None
+
+
+_dropped.defvjp(_dropped_saving, _dropped_gradients)
 
 
 def dropout(
@@ -259,12 +395,7 @@ def dropout(
     """
     if keys is None or rate == 0.0:
         return x
-
-    def dropped(x: Array) -> Array:
-        kept = row_bits(keys, x.shape) >= jnp.uint32(round(rate * 2**32))
-        return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
-
-    return lean(dropped)(x)
+    return _dropped(rate, x, jax.random.key_data(keys).astype(jnp.uint32))
 
 
 def take(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:

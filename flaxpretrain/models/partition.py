@@ -47,13 +47,14 @@ def _placed(x: Array, axis: int, over: str | None) -> Array:
 
 
 def on_each_device(
-    function: Callable[..., Array], layout: str, heads: int, length: int
+    function: Callable[..., Array], layout: str, heads: int, length: int, *, arrays: int = 3
 ) -> Callable[..., Array]:
     """Maps an attention kernel over the axes of the surrounding mesh that are still automatic.
 
     Rows lie over `data` and `fsdp`, heads over `tensor` where it divides them; else each device of
     that axis computes them all, as for a small generator with a single head. Queries lie over
-    `context`, keys and values are gathered there.
+    `context`, keys and values are gathered there. Its arguments are so many `arrays`, the query
+    first, and the segments of both sides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
@@ -67,7 +68,12 @@ def on_each_device(
     query = PartitionSpec(*((axes | {"L": tokens}).get(letter) for letter in layout))
     return jax.shard_map(
         function,
-        in_specs=(query, key, key, PartitionSpec(rows, tokens), PartitionSpec(rows)),
+        in_specs=(
+            query,
+            *(key for _ in range(arrays - 1)),
+            PartitionSpec(rows, tokens),
+            PartitionSpec(rows),
+        ),
         out_specs=query,
         axis_names=set(free),
         check_vma=False,

@@ -152,7 +152,7 @@ def attention_backend(run: Run, platform: str) -> str:
         return "xla"  # the flash kernels have no dropout
     if platform == "gpu" and run.precision.compute == "float32":
         return "xla"  # cuDNN's flash attention takes 16-bit numbers only
-    return {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+    return {"tpu": "rows", "gpu": "cudnn"}.get(platform, "xla")
 
 
 def check_interface(run: Run, model: Model) -> None:

@@ -41,8 +41,8 @@ def test_a_gpt2_step_with_causal_flash_attention_compiles_on_all_axes(libtpu):
     )
     report, text = topology.compile_step(run, "v5e:2x2", 0)
     assert report.fits, report.verdict
-    assert report.attention == "splash"
-    assert text is not None and "splash_mha_fwd" in text and "splash_mha_dkv" in text
+    assert report.attention == "rows" and text is not None
+    assert "row_attention_forward" in text and "row_attention_backward" in text
 
 
 @pytest.mark.parametrize("name", MODELS)

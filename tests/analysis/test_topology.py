@@ -108,7 +108,7 @@ def test_bert_base_at_512_compiles_and_fits(libtpu, name):
     run = load_recipe(CONFIGS / "bert_base.py")
     report, text = topology.compile_step(run, name, 1)
     assert report.fits, report.verdict
-    assert (report.length, report.batch_size, report.attention) == (512, 256, "splash")
+    assert (report.length, report.batch_size, report.attention) == (512, 256, "rows")
     assert report.tokens_per_step_per_chip == 256 * 512 / report.chips
     # One all-reduce of each gradient and nothing else: the tied table is not reduced twice.
     assert report.collective_bytes.keys() == {"all-reduce"}
@@ -118,7 +118,7 @@ def test_bert_base_at_512_compiles_and_fits(libtpu, name):
     assert 1.0 <= report.compiled_flops / report.formula_flops < 1.1
     assert not [note for note in report.notes if "count" in note]
     assert report.estimated_step_seconds > report.custom_call_seconds > 0
-    assert text is not None and "splash_mha_fwd" in text
+    assert text is not None and "row_attention_forward" in text
 
 
 @pytest.mark.tpu

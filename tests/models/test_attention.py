@@ -229,5 +229,8 @@ def test_cudnn_refuses_float32():
 
 
 def test_unknown_backend_names_the_known_ones():
-    with attention.backend("flash"), pytest.raises(UserError, match="xla, splash, cudnn; got"):
+    with (
+        attention.backend("flash"),
+        pytest.raises(UserError, match="xla, splash, rows, cudnn; got"),
+    ):
         attention.chosen_backend()
