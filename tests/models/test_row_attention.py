@@ -1,10 +1,11 @@
 """The kernels of TPUs: whole rows equal plain attention, and every kind compiles for every TPU."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
 from flaxpretrain.analysis import hlo, topology
 from flaxpretrain.models.attention import Attention, splash_attention, xla_attention
@@ -97,25 +98,29 @@ def test_kernels_compile_for_every_kind_of_mask(name):
     """Both kernels with segments, forward and backward, in one program a TPU."""
     pytest.importorskip("libtpu")
     topology.prepare_environment()
-    device = topology.devices_of(name)[0]
-    place = SingleDeviceSharding(device)
+    mesh = sharding.make_mesh(1, 1, 1, devices=topology.devices_of(name)[:1])
+    place = sharding.batch_sharding(mesh)
 
-    def everything(packed, segments):
+    def everything(packed, segments, long):
         total = jnp.float32(0)
-        query, key, value = (to_heads(x, 64) for x in jnp.split(packed, 3, axis=-1))
+        query, key, value = (to_heads(x, 64) for x in jnp.split(long, 3, axis=-1))
+        ids = jnp.ones(long.shape[:2], jnp.int32)
         for kind in KINDS.values():
             for context in (
                 row_attention((packed,), segments, segments, size=64, **kind),
-                splash_attention(query, key, value, segments, segments, **kind),
+                splash_attention(query, key, value, ids, ids, **kind),
             ):
                 total += jnp.sum(context.astype(jnp.float32))
         return total
 
-    packed = jax.ShapeDtypeStruct((1, 256, 384), jnp.bfloat16, sharding=place)
-    segments = jax.ShapeDtypeStruct((1, 256), jnp.int32, sharding=place)
-    sums = hlo.totals(
-        hlo.parse(jax.jit(jax.grad(everything)).lower(packed, segments).compile().as_text())
+    packed, long = (
+        jax.ShapeDtypeStruct((1, length, 384), jnp.bfloat16, sharding=place)
+        for length in (256, 2048)
     )
+    segments = jax.ShapeDtypeStruct((1, 256), jnp.int32, sharding=place)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(everything, argnums=(0, 2))).lower(packed, segments, long)
+        sums = hlo.totals(hlo.parse(lowered.compile().as_text()))
     calls = {
         part: sum(count for kernel, count in sums.kernel_calls.items() if part in kernel)
         for part in ("row_attention_forward", "row_attention_backward", "_fwd", "_dkv")
@@ -127,8 +132,6 @@ def test_kernels_compile_for_every_kind_of_mask(name):
 
 def test_every_tpu_has_its_line_in_the_table_of_blocks():
     kinds = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
-    import re
-
     for kind in kinds:
         assert any(re.search(pattern, kind) for pattern, _ in BLOCKS), kind
     for _, sizes in BLOCKS:
@@ -136,7 +139,7 @@ def test_every_tpu_has_its_line_in_the_table_of_blocks():
 
 
 @pytest.mark.tpu
-def test_the_mesh_says_which_line(monkeypatch):
+def test_the_mesh_says_which_line():
     pytest.importorskip("libtpu")
     topology.prepare_environment()
     found = {}
