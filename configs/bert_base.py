@@ -30,8 +30,8 @@ FAST = {"remat": "none", "scan_layers": False}
 """Nothing is computed twice and each layer compiled by itself, which takes minutes."""
 
 HARDWARE = (
-    HardwareRule("TPU v5 ?(lite|e)", FAST, tokens_per_device=8_192),
-    HardwareRule("TPU v6 ?(lite|e)", FAST, tokens_per_device=16_384),
+    HardwareRule("TPU v5 ?(lite|e)", FAST, tokens_per_device=32_768),
+    HardwareRule("TPU v6 ?(lite|e)", FAST, tokens_per_device=32_768),
     HardwareRule("TPU v5p?$", FAST, tokens_per_device=65_536),
     HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=32_768),
     HardwareRule("A100", {"remat": "none"}, tokens_per_device=16_384),
