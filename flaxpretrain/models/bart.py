@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flaxpretrain.models.attention import Attention
 from flaxpretrain.models.functional import fold, scan, stack
-from flaxpretrain.models.language_head import present, vocabulary_logits
+from flaxpretrain.models.language_head import present, tied_logits
 from flaxpretrain.models.layers import (
     Dense,
     LayerNorm,
@@ -364,7 +364,7 @@ class Head(nnx.Module):
     ) -> Float[Array, "*B V"]:
         """Scores in float32 of every token of the padded vocabulary."""
         bias = jax.lax.stop_gradient(self.bias[...])
-        return vocabulary_logits(hidden, words.T, self.vocab_size, bias)
+        return tied_logits(hidden, words, self.vocab_size, bias)
 
 
 class Bart(nnx.Module):
