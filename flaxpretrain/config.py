@@ -171,16 +171,25 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Number formats: of the forward and backward pass, and of the master weights."""
+    """Number formats: of the forward and backward pass, of the master weights, of sums.
+
+    compute: float16, for devices without bfloat16 such as V100 and T4, scales the loss.
+    reduce: of gradients while they are summed over devices; bfloat16 halves the bytes sent.
+    """
 
     compute: str = "float32"
     params: str = "float32"
+    reduce: str = "float32"
 
     def __post_init__(self) -> None:
         """Raises UserError on an unknown format."""
         _require(
-            self.compute in ("float32", "bfloat16"),
-            f"precision.compute must be float32 or bfloat16; got {self.compute}",
+            self.compute in ("float32", "bfloat16", "float16"),
+            f"precision.compute must be float32, bfloat16 or float16; got {self.compute}",
+        )
+        _require(
+            self.reduce in ("float32", "bfloat16"),
+            f"precision.reduce must be float32 or bfloat16; got {self.reduce}",
         )
         _require(self.params == "float32", f"precision.params must be float32; got {self.params}")
 

@@ -129,3 +129,11 @@ class HardwareRule:
 def rule_for(rules: Sequence[HardwareRule], device_kind: str, devices: int) -> HardwareRule | None:
     """The first rule that fits; None where none does."""
     return next((rule for rule in rules if rule.fits(device_kind, devices)), None)
+
+
+_BEFORE_AMPERE = r"[KMPV]100|\bP40?\b|\bT4\b|GTX|TITAN|RTX 20|Quadro RTX"
+
+
+def has_flash_attention(device_kind: str) -> bool:
+    """Whether cuDNN has a flash attention kernel for a GPU: it begins with Ampere."""
+    return not re.search(_BEFORE_AMPERE, device_kind)

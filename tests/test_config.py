@@ -60,7 +60,8 @@ def test_setting_the_tokens_of_a_phase_replaces_its_steps():
         ("steps.more", "1", "no field 'steps'"),
         ("optimizer", "AdamW", "optimizer holds AdamW; change its fields"),
         ("batch_size", "0", "must be positive"),
-        ("precision.compute", "float8", "float32 or bfloat16"),
+        ("precision.compute", "float8", "float32, bfloat16 or float16"),
+        ("precision.reduce", "float16", "float32 or bfloat16"),
     ],
 )
 def test_a_bad_override_is_one_clear_line(name, text, message):

@@ -3,7 +3,7 @@
 import pytest
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.hardware import HardwareRule, peak_of, rule_for
+from flaxpretrain.hardware import HardwareRule, has_flash_attention, peak_of, rule_for
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,20 @@ def test_rows_go_in_as_few_parts_as_memory_allows(rows, length, parts):
 def test_a_rule_that_changes_what_is_learnt_is_refused(kind, settings, message):
     with pytest.raises(UserError, match=message):
         HardwareRule(kind, settings)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "has"),
+    [
+        ("Tesla V100-SXM2-16GB", False),
+        ("Tesla T4", False),
+        ("Tesla P100-PCIE-16GB", False),
+        ("NVIDIA GeForce RTX 2080 Ti", False),
+        ("NVIDIA A100-SXM4-40GB", True),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA L4", True),
+        ("NVIDIA GeForce RTX 3090", True),
+    ],
+)
+def test_flash_attention_begins_with_ampere(device_kind, has):
+    assert has_flash_attention(device_kind) == has

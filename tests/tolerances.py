@@ -40,3 +40,11 @@ GRADIENTS_FLOAT32 = 5e-6
 
 REMEMBERED_FLOAT32 = 1e-5
 """Hidden states near 1 of tokens decoded one by one against the row at once, in float32."""
+
+FLOAT16_STEP = 0.01
+"""Relative difference of the loss and the gradient's norm of a float16 step from float32's, whose
+numbers have 11 bits."""
+
+BFLOAT16_SUMS = 0.005
+"""Relative difference of a gradient's norm when it is summed in bfloat16, whose numbers have 8
+bits: their errors are of either sign."""

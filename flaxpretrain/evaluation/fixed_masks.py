@@ -150,7 +150,7 @@ def evaluate(
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-batch_size // groups) * groups
     model = model_of(functools.partial(objective.build, run.model))
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
     same = dataclasses.replace(
         run, precision=dataclasses.replace(run.precision, compute=compute), objective=objective
     )
@@ -158,7 +158,7 @@ def evaluate(
         objective,
         model,
         compute_dtype=jnp.dtype(compute),
-        execution=Execution(attention=attention_backend(same, platform), scan=run.scan_layers),
+        execution=Execution(attention=attention_backend(same, device), scan=run.scan_layers),
     )
     batches = watch(settings.batches(dataset, batch_size), -(-settings.rows(dataset) // batch_size))
     with jax.set_mesh(mesh), jax.default_matmul_precision(_PRODUCTS[compute]):

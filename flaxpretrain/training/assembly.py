@@ -21,10 +21,12 @@ from flaxpretrain.config import Phase, Run
 from flaxpretrain.data.framing import Framing
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
+from flaxpretrain.hardware import has_flash_attention
 from flaxpretrain.models import attention
 from flaxpretrain.models.functional import Execution, Model, model_of
 from flaxpretrain.training import sharding
-from flaxpretrain.training.guard import guarded
+from flaxpretrain.training.guard import guard_of, guarded
+from flaxpretrain.training.loss_scale import LossScaling, loss_scaled
 from flaxpretrain.training.optimizers import make_optimizer
 from flaxpretrain.training.state import TrainState
 from flaxpretrain.training.step import check_divisible, make_eval_step, make_train_step
@@ -68,6 +70,7 @@ class Assembly:
             self.mesh,
             microbatches=phase.microbatches,
             compute_dtype=self.compute_dtype,
+            reduce_dtype=jnp.dtype(self.run.precision.reduce),
             execution=self.execution,
             update_shardings=self.update_shardings,
         )
@@ -117,8 +120,11 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
     optimizer = make_optimizer(
         run.optimizer, run.schedule, total_steps, abstract_params, groups=run.objective.groups
     )
-    if run.guard is not None:
-        optimizer = guarded(optimizer, run.guard)
+    guard = guard_of(run)
+    if guard is not None:
+        optimizer = guarded(optimizer, guard)
+    if run.precision.compute == "float16":
+        optimizer = loss_scaled(optimizer, LossScaling())
     make = functools.partial(_initial_state, run, model, optimizer)
     abstract = jax.eval_shape(make)
     rules = (*run.objective.sharding, *getattr(run.model, "sharding", ()))
@@ -130,17 +136,16 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
         abstract,
         shardings,
     )
-    platform = mesh.devices.flat[0].platform
     execution = Execution(
-        attention=attention_backend(run, platform),
+        attention=attention_backend(run, mesh.devices.flat[0]),
         remat=run.remat,
         scan=run.scan_layers,
     )
     return Assembly(run, mesh, model, optimizer, state, execution, updates if splits else None)
 
 
-def attention_backend(run: Run, platform: str) -> str:
-    """The fastest attention that can do what the run asks for on this platform."""
+def attention_backend(run: Run, device: Any) -> str:
+    """The fastest attention that can do what the run asks for on this device of jax."""
     if run.attention != "auto":
         if run.attention not in attention.BACKENDS:
             raise UserError(
@@ -150,9 +155,12 @@ def attention_backend(run: Run, platform: str) -> str:
         return run.attention
     if getattr(run.model, "attention_dropout_rate", 0.0) > 0:
         return "xla"  # the flash kernels have no dropout
-    if platform == "gpu" and run.precision.compute == "float32":
-        return "xla"  # cuDNN's flash attention takes 16-bit numbers only
-    return {"tpu": "rows", "gpu": "cudnn"}.get(platform, "xla")
+    if device.platform == "gpu" and (
+        # cuDNN's flash attention takes 16-bit numbers only.
+        run.precision.compute == "float32" or not has_flash_attention(device.device_kind)
+    ):
+        return "xla"
+    return {"tpu": "rows", "gpu": "cudnn"}.get(device.platform, "xla")
 
 
 def check_interface(run: Run, model: Model) -> None:

@@ -44,6 +44,13 @@ class Guard:
                 raise UserError(f"guard.{name} must be positive; got {value}")
 
 
+def guard_of(run: Any) -> Guard | None:
+    """The guard of a run; in float16 there always is one, for gradients that overflow."""
+    if run.guard is None and run.precision.compute == "float16":
+        return Guard(spike_factor=None)
+    return run.guard
+
+
 class GuardState(NamedTuple):
     """The guard's own figures beside the state of what it guards, which a skip leaves alone."""
 

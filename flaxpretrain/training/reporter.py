@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from flaxpretrain.training.goodput import EVALUATION, Ledger
+from flaxpretrain.training.guard import guard_of
 from flaxpretrain.training.meter import Due, Meter
 from flaxpretrain.training.metrics import Figures, Terminal, Writer
 from flaxpretrain.training.session import Session
@@ -59,7 +60,7 @@ class Reporter:
         self._check_finite(step, figures)
 
     def _check_finite(self, step: int, figures: dict[str, float | None]) -> None:
-        guard = self._session.run.guard
+        guard = guard_of(self._session.run)
         if guard is None:
             in_a_row, allowed = int(not math.isfinite(figures["loss"] or 0)), 1
         else:

@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree, Shaped
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.functional import Execution, Model, cast, executing
 from flaxpretrain.objectives.objective import Objective, Sum
-from flaxpretrain.training.guard import skip_figures
+from flaxpretrain.training.loss_scale import loss_scale, unscaled, update_figures
 from flaxpretrain.training.optimizers import learning_rate
 from flaxpretrain.training.state import TrainState
 
@@ -75,9 +75,19 @@ def spec_of(sharding: NamedSharding) -> P:
 
 
 def reduced(
-    grads_and_sums: tuple[PyTree, Sums], update_shardings: PyTree[NamedSharding] | None
+    grads_and_sums: tuple[PyTree, Sums],
+    update_shardings: PyTree[NamedSharding] | None,
+    dtype: Any = jnp.float32,
 ) -> tuple[PyTree, Sums]:
-    """Sums over `data` inside a `shard_map`: of gradients, the slice that this device updates."""
+    """Sums over `data` inside a `shard_map`: of gradients, the slice that this device updates.
+
+    Gradients travel in `dtype`; they are float32 before and after.
+    """
+    if dtype != jnp.float32:
+        grads, sums = grads_and_sums
+        narrow = jax.tree.map(lambda g: g.astype(dtype), grads)
+        narrow, sums = reduced((narrow, sums), update_shardings)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), narrow), sums
     if update_shardings is None:
         return jax.lax.psum(grads_and_sums, "data")
     grads, sums = grads_and_sums
@@ -99,22 +109,40 @@ def make_train_step(
     *,
     microbatches: int = 1,
     compute_dtype: Any = jnp.float32,
+    reduce_dtype: Any = jnp.float32,
     execution: Execution = DEFAULT_EXECUTION,
     update_shardings: PyTree[NamedSharding] | None = None,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, StepMetrics]]:
     """`train_step(state, batch)`, to be jitted with the state donated.
 
-    With `update_shardings` each parameter's update is computed in these slices, and gathered after;
-    None where the update lies as the parameter does.
+    Gradients are summed over devices in `reduce_dtype`. With `update_shardings` each parameter's
+    update is computed in these slices, and gathered after; None where the update lies as the
+    parameter does.
+
+    Raises:
+        UserError: another `reduce_dtype` than float32 on a mesh whose sums the partitioner makes.
     """
     data_parallel_only = mesh.shape["data"] == mesh.size
     specs: PyTree = P() if update_shardings is None else jax.tree.map(spec_of, update_shardings)
+    if reduce_dtype != jnp.float32 and not data_parallel_only:
+        raise UserError(
+            f"precision.reduce: gradients are summed in {jnp.dtype(reduce_dtype)} only on a mesh "
+            f"that has nothing but a data axis; got {dict(mesh.shape)}: set precision.reduce to "
+            "float32"
+        )
 
-    def local_sums(params: PyTree, batch: Arrays, key: Array, weights: Mapping[str, Array]):
+    def local_sums(
+        params: PyTree,
+        batch: Arrays,
+        key: Array,
+        weights: Mapping[str, Array],
+        scale: Array | None,
+    ) -> tuple[PyTree, Sums]:
         def scaled_loss(params: PyTree, micro: Arrays) -> tuple[Array, Sums]:
             with executing(execution):
                 sums = objective.loss(model, cast(params, compute_dtype), micro, key)
-            return combine(objective, sums, weights), sums
+            loss = combine(objective, sums, weights)
+            return loss if scale is None else loss * scale, sums
 
         def accumulate(total: PyTree, micro: Arrays) -> tuple[PyTree, None]:
             grads, sums = jax.grad(scaled_loss, has_aux=True)(params, micro)
@@ -139,9 +167,9 @@ def make_train_step(
         if not data_parallel_only:
             return local_sums(*arguments)
         return jax.shard_map(
-            lambda *local: reduced(local_sums(*local), update_shardings),
+            lambda *local: reduced(local_sums(*local), update_shardings, reduce_dtype),
             mesh=mesh,
-            in_specs=(P(), P("data"), P(), P()),
+            in_specs=(P(), P("data"), P(), P(), P()),
             out_specs=(specs, P()),
             check_vma=False,  # gradients stay unreduced on purpose until the one sum
         )(*arguments)
@@ -154,7 +182,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         weights = objective.weights(batch)
-        grads, sums = reduced_sums(state.params, batch, key, weights)
+        scale = loss_scale(state.opt_state)
+        grads, sums = reduced_sums(state.params, batch, key, weights, scale)
+        grads = unscaled(grads, scale)
         loss = combine(objective, sums, weights)
         with jax.named_scope("optimizer"):
             grads, old = sliced(grads), sliced(state.params)
@@ -166,7 +196,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.opt_state),
             "tokens": objective.tokens(batch),
-        } | skip_figures(opt_state)
+        } | update_figures(opt_state)
         new_state = TrainState(state.step + 1, params, opt_state, state.key)
         return new_state, StepMetrics(sums, figures)
 

@@ -132,6 +132,15 @@ def test_four_microbatches_reduce_no_more_than_one(libtpu):
 
 
 @pytest.mark.tpu
+def test_gradients_in_bfloat16_take_half_the_bytes_of_a_sum(libtpu):
+    run = toys.run(precision=Precision(reduce="bfloat16"), attention="xla")
+    report, _ = topology.compile_step(run, "v5e:2x2", 0)
+    assert report.fits and report.collective_bytes is not None
+    reduced = report.collective_bytes["all-reduce"]
+    assert 0.5 <= reduced / gradient_bytes(report) <= 0.5 * COLLECTIVE_BYTES
+
+
+@pytest.mark.tpu
 def test_what_does_not_fit_is_told_with_the_compiler_s_numbers(libtpu):
     run = toys.run(
         phases=(Phase(steps=1, length=32, batch_size=2**22),),

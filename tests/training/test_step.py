@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxpretrain.config import Mesh, Phase
+from flaxpretrain.config import Mesh, Phase, Precision
 from flaxpretrain.errors import UserError
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble
 from flaxpretrain.training.step import strided_microbatches
 from tests import toys
-from tests.tolerances import FLOAT32_REORDERED
+from tests.tolerances import BFLOAT16_SUMS, FLOAT32_REORDERED
 
 LENGTH, ROWS = 32, 16
 
@@ -127,8 +127,18 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 
 def test_bfloat16_steps_stay_near_float32_and_keep_float32_weights():
-    from flaxpretrain.config import Precision
-
     params, metrics = one_step(precision=Precision(compute="bfloat16"))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     np.testing.assert_allclose(metrics.figures["loss"], reference()[1].figures["loss"], rtol=0.01)
+
+
+def test_gradients_summed_in_bfloat16_are_near_those_of_float32():
+    _, metrics = one_step((8, 1, 1), precision=Precision(reduce="bfloat16"))
+    norms = [m.figures["grad_norm"] for m in (metrics, reference()[1])]
+    assert norms[0] != norms[1]
+    np.testing.assert_allclose(*norms, rtol=BFLOAT16_SUMS)
+
+
+def test_sums_that_the_partitioner_makes_stay_float32():
+    with pytest.raises(UserError, match="precision.reduce: gradients are summed in bfloat16 only"):
+        one_step((4, 2, 1), precision=Precision(reduce="bfloat16"))
