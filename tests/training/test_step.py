@@ -133,7 +133,7 @@ def test_bfloat16_steps_stay_near_float32_and_keep_float32_weights():
 
 
 def test_gradients_summed_in_bfloat16_are_near_those_of_float32():
-    _, metrics = one_step((8, 1, 1), precision=Precision(reduce="bfloat16"))
+    _, metrics = one_step(Mesh(data=8), precision=Precision(reduce="bfloat16"))
     norms = [m.figures["grad_norm"] for m in (metrics, reference()[1])]
     assert norms[0] != norms[1]
     np.testing.assert_allclose(*norms, rtol=BFLOAT16_SUMS)
@@ -141,4 +141,4 @@ def test_gradients_summed_in_bfloat16_are_near_those_of_float32():
 
 def test_sums_that_the_partitioner_makes_stay_float32():
     with pytest.raises(UserError, match="precision.reduce: gradients are summed in bfloat16 only"):
-        one_step((4, 2, 1), precision=Precision(reduce="bfloat16"))
+        one_step(Mesh(data=4, fsdp=2), precision=Precision(reduce="bfloat16"))
