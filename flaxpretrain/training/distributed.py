@@ -6,6 +6,7 @@ looks who is late, and a process that ends by a mistake leaves its reason for th
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -173,6 +174,23 @@ def _who_is_missing(address: str | None, index: int | None) -> str:
     return f"process 0 is at {address}, but not all others arrived"
 
 
+_meetings = itertools.count()
+
+
+def meet() -> None:
+    """Waits until all processes are here; a watchdog and `Peers` end the wait for a lost one."""
+    if jax.process_count() > 1:
+        _store().wait_at_barrier(f"flaxpretrain/meeting/{next(_meetings)}", 24 * 3600 * 1000)
+
+
+def _store() -> Any:
+    """JAX's coordination service; None where this process is alone."""
+    # It has no public name; Orbax reads it at the same place.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
 class Peers:
     """The other processes of the run.
 
@@ -182,11 +200,8 @@ class Peers:
 
     def __init__(self, seconds: float = PEER_SECONDS) -> None:
         """`seconds` without a sign of life make a process lost; they may be changed later."""
-        # The store has no public name in JAX; Orbax reads it at the same place.
-        from jax._src import distributed
-
         self.seconds = seconds
-        self._client: Any = distributed.global_state.client
+        self._client = _store()
         self._index, self._count = 0, 1
         if self._client is not None:
             self._index, self._count = jax.process_index(), jax.process_count()

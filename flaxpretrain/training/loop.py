@@ -21,6 +21,7 @@ from flaxpretrain.locations import Location
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble
 from flaxpretrain.training.checkpoints import Checkpoints
+from flaxpretrain.training.distributed import meet
 from flaxpretrain.training.evaluate import due_evaluations
 from flaxpretrain.training.goodput import (
     CHECKPOINT,
@@ -115,6 +116,7 @@ def train(
             assembly = assemble(run, mesh, total_steps(phases))
             checkpoints = Checkpoints(opened.checkpoints, run.checkpoints)
             identity = dataset_identity(dataset)
+            meet()
             state, step = start_state(
                 run, workdir, assembly, checkpoints, identity, phases, initial_params
             )
@@ -239,7 +241,7 @@ class _Training:
     def _run_phase(self, phase: Phase, last: int, preemption: Preemption) -> bool:
         """Runs the steps of a phase that are left; True when asked to stop."""
         session = self._session
-        step_function = session.assembly.train_step(phase)
+        step_function = _StepFunction(session.assembly.train_step(phase))
         flops: dict[Phase, float] = {}
         while session.step < last:
             with contextlib.suppress(_Rewound):
@@ -250,7 +252,7 @@ class _Training:
         self,
         last: int,
         preemption: Preemption,
-        step_function: Callable[..., Any],
+        step_function: "_StepFunction",
         flops: dict[Phase, float],
     ) -> bool:
         """Runs steps up to `last`; `flops` are those of the shapes that are compiled."""
@@ -265,14 +267,15 @@ class _Training:
                 if shape not in flops:
                     # The first call of a shape compiles: its time is nobody's speed.
                     ledger.enter(COMPILE)
-                    session.state, metrics = step_function(session.state, placed)
+                    step_function.compile(shape, session.state, placed)
+                    session.state, metrics = step_function(shape, session.state, placed)
                     jax.block_until_ready(metrics)
                     flops[shape] = assembly.flops_per_step(shape, session.dataset.vocabulary)
                     meter.start_clock()
                     ledger.enter(STEPS)
                 else:
                     with self._profiling.begin(session.step + 1, session.state):
-                        session.state, metrics = step_function(session.state, placed)
+                        session.state, metrics = step_function(shape, session.state, placed)
                 session.step += 1
                 if self._profiling.end(session.step, session.state):
                     session.say(f"step {session.step}: the trace is in {TRACES}/ of the workdir")
@@ -349,3 +352,22 @@ class _Training:
 
 class _Rewound(Exception):
     """The session stands at another step now."""
+
+
+class _StepFunction:
+    """A jitted step function and, where there are several processes, its compiled shapes."""
+
+    def __init__(self, function: Any) -> None:
+        self._function, self._compiled = function, {}
+
+    def compile(self, shape: Phase, *arguments: Any) -> None:
+        """Compiles where there are several processes: none runs before all have.
+
+        The first one would else wait in its first exchange, which ends after 30 s on CPUs.
+        """
+        if jax.process_count() > 1:
+            self._compiled[shape] = self._function.lower(*arguments).compile()
+            meet()
+
+    def __call__(self, shape: Phase, *arguments: Any) -> Any:
+        return self._compiled.get(shape, self._function)(*arguments)
