@@ -194,7 +194,7 @@ def _layer_norm_gradients(
         rows.dtype
     )
     sums = (column_sums(x).astype(scale.dtype) for x in (along, gradient))
-    return back, *sums
+    return back, *sums  # pyright: ignore[reportReturnType]
 
 
 _layer_norm.defvjp(_layer_norm_saving, _layer_norm_gradients)
@@ -214,7 +214,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """`(x - mean) / sqrt(variance + epsilon) * scale + bias`."""
         rows = flat(x)
-        return _layer_norm(rows, self.scale[...], self.bias[...], self.epsilon).reshape(x.shape)
+        return _layer_norm(rows, self.scale[...], self.bias[...], self.epsilon).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -258,7 +258,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """`x / sqrt(mean(x^2) + epsilon) * scale`."""
         rows = flat(x)
-        return _rms_norm(rows, self.scale[...], self.epsilon).reshape(x.shape)
+        return _rms_norm(rows, self.scale[...], self.epsilon).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _gelu(x: Array) -> Array:

@@ -96,7 +96,7 @@ def row_attention(
     form = _Form(size, blocks().scores, causal, window, interpret)
     padded = tuple(_padded(x, 0) for x in packed)
     ids = (_padded(ids, -1) for ids in (segment_ids, key_segment_ids))
-    return _attended(form, padded, *ids)[:, :length]
+    return _attended(form, padded, *ids)[:, :length]  # pyright: ignore[reportIndexIssue]
 
 
 def _padded(x: Array, fill: int) -> Array:
@@ -123,7 +123,7 @@ def _saving(
     form: _Form, packed: tuple[Array, ...], segment_ids: Array, key_segment_ids: Array
 ) -> tuple[Array, Any]:
     context = _attended(form, packed, segment_ids, key_segment_ids)
-    return context, (packed, segment_ids, key_segment_ids)
+    return context, (packed, segment_ids, key_segment_ids)  # pyright: ignore[reportReturnType]
 
 
 def _gradients(form: _Form, saved: Any, gradient: Array) -> tuple[Any, None, None]:
