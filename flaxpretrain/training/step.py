@@ -6,6 +6,7 @@ would pay for a reduction of all gradients. Meshes with fsdp or tensor axes are 
 altogether: XLA's partial manual mode still aborts on gathers and scatters of sharded tables.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -101,6 +102,31 @@ def reduced(
     return jax.tree.map(slice_of_sum, grads, update_shardings), jax.lax.psum(sums, "data")
 
 
+def check_reduction(dtype: Any, mesh: Mesh) -> None:
+    """Raises UserError unless the partitioner sums gradients in this format: in float32 only."""
+    if dtype != jnp.float32:
+        raise UserError(
+            f"precision.reduce: gradients are summed in {jnp.dtype(dtype)} only on a mesh that has "
+            f"nothing but a data axis; got {dict(mesh.shape)}: set precision.reduce to float32"
+        )
+
+
+def over_microbatches(
+    gradient: Callable[[Arrays], tuple[PyTree, Sums]], micros: Arrays, count: int
+) -> tuple[PyTree, Sums]:
+    """Gradients and sums over all microbatches [A, b, ...], added up one after the other."""
+    first = jax.tree.map(lambda x: x[0], micros)
+    if count == 1:
+        # No loop of one: XLA:TPU would inline it and then run the layers' backward loop twice.
+        return gradient(first)
+
+    def accumulate(total: PyTree, micro: Arrays) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, gradient(micro)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
+    return jax.lax.scan(accumulate, zeros, micros)[0]
+
+
 def make_train_step(
     objective: Objective,
     model: Model,
@@ -124,12 +150,8 @@ def make_train_step(
     """
     data_parallel_only = mesh.shape["data"] == mesh.size
     specs: PyTree = P() if update_shardings is None else jax.tree.map(spec_of, update_shardings)
-    if reduce_dtype != jnp.float32 and not data_parallel_only:
-        raise UserError(
-            f"precision.reduce: gradients are summed in {jnp.dtype(reduce_dtype)} only on a mesh "
-            f"that has nothing but a data axis; got {dict(mesh.shape)}: set precision.reduce to "
-            "float32"
-        )
+    if not data_parallel_only:
+        check_reduction(reduce_dtype, mesh)
 
     def local_sums(
         params: PyTree,
@@ -144,24 +166,12 @@ def make_train_step(
             loss = combine(objective, sums, weights)
             return loss if scale is None else loss * scale, sums
 
-        def accumulate(total: PyTree, micro: Arrays) -> tuple[PyTree, None]:
-            grads, sums = jax.grad(scaled_loss, has_aux=True)(params, micro)
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
-
         micros = strided_microbatches(batch, microbatches)
         if not data_parallel_only:
             spec = P(None, ("data", "fsdp"))
             micros = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), micros)
-        first = jax.tree.map(lambda x: x[0], micros)
-        if microbatches == 1:
-            # No loop of one: XLA:TPU would inline it and then run the layers' backward loop twice.
-            return jax.grad(scaled_loss, has_aux=True)(params, first)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(jax.grad(scaled_loss, has_aux=True), params, first),
-        )
-        total, _ = jax.lax.scan(accumulate, zeros, micros)
-        return total
+        gradient = jax.grad(scaled_loss, has_aux=True)
+        return over_microbatches(functools.partial(gradient, params), micros, microbatches)
 
     def reduced_sums(*arguments: Any) -> tuple[PyTree, Sums]:
         if not data_parallel_only:
