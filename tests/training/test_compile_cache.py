@@ -73,7 +73,9 @@ def test_a_restart_compiles_nothing_that_took_long(tmp_path, settings, counted):
 def test_the_cache_may_lie_elsewhere_or_nowhere(tmp_path, settings):
     run(tmp_path, "--set", "steps=1", "--compile-cache", "none")
     assert not (tmp_path / "run" / FOLDER).exists()
+    # A process asks once whether there is a cache; programs never change their mind.
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
     run(tmp_path, "--set", "steps=2", "--compile-cache", str(tmp_path / "elsewhere"))
     assert list((tmp_path / "elsewhere").rglob("jit_train_step-*-cache"))
     assert not (tmp_path / "run" / FOLDER).exists()
