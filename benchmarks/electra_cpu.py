@@ -67,14 +67,7 @@ def main(argv: list[str]) -> None:
     """Measures and writes the result."""
     parser = program.Parser(__doc__)
     parser.add_argument("--steps", type=int, default=60, help="steps of a measurement")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="change the recipe further",
-    )
+    parser.add_overrides("change the recipe further")
     parser.add_argument("--output", type=Path, default=RESULT, help="file of the result")
     arguments = parser.parse_args(argv)
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as it may run on

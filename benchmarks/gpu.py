@@ -227,14 +227,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", type=int, nargs="*", default=[], help="other batch sizes to try of each case"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="change every recipe further",
-    )
+    parser.add_overrides("change every recipe further")
     return parser
 
 

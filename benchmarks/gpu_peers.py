@@ -10,7 +10,14 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from flaxpretrain.config import load
+
+RECIPES = ROOT / "configs"
 ROWS = {"gpt2": 32, "t5": 64}
 
 
@@ -23,18 +30,7 @@ def gpt2(torch, transformers):
 
 def t5(torch, transformers):
     """The model and a batch of 512 inputs and 114 targets a row."""
-    config = transformers.T5Config(
-        vocab_size=32128,
-        d_model=768,
-        d_kv=64,
-        d_ff=2048,
-        num_layers=12,
-        num_heads=12,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
+    config = transformers.T5Config(**load(RECIPES / "t5_v1_1_base.py").model.to_hf())
     ids = torch.randint(0, 32000, (ROWS["t5"], 512), device="cuda")
     labels = torch.randint(0, 32000, (ROWS["t5"], 114), device="cuda")
     model = transformers.T5ForConditionalGeneration(config)

@@ -60,13 +60,8 @@ def parser() -> program.Parser:
         type=located,
         help="all output goes to this folder or gs://BUCKET/FOLDER (default: runs/<recipe's name>)",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="change a field of the recipe, such as steps=60 or model.hidden_size=64; repeatable",
+    parser.add_overrides(
+        "change a field of the recipe, such as steps=60 or model.hidden_size=64; repeatable"
     )
     parser.add_argument(
         "--data-dir", type=located, help="folder or URL of the dataset (data.folder)"

@@ -32,6 +32,17 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
+    def add_overrides(self, help: str) -> None:
+        """Adds `--set FIELD=VALUE`, repeatable, as `overrides`."""
+        self.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="FIELD=VALUE",
+            dest="overrides",
+            help=help,
+        )
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with 2."""
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)

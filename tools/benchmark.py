@@ -42,14 +42,7 @@ def parser() -> program.Parser:
     """The arguments."""
     parser = program.Parser(__doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="a Python file with recipe() -> Run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="change a field of the recipe, such as phases.0.batch_size=64; repeatable",
-    )
+    parser.add_overrides("change a field of the recipe, such as phases.0.batch_size=64; repeatable")
     parser.add_argument("--data-dir", type=located, help="a dataset (default: random text)")
     parser.add_argument("--steps", type=int, default=25, help="steps of each measurement")
     parser.add_argument("--phase", type=int, help="only this phase, from 0 (default: all)")

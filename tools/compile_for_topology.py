@@ -65,14 +65,7 @@ def parser() -> program.Parser:
         help="of data, fsdp, tensor, context; -1 is the rest; also shard_optimizer=true "
         "(default: the recipe's)",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="change a field of the recipe; repeatable",
-    )
+    parser.add_overrides("change a field of the recipe; repeatable")
     parser.add_argument("--phase", type=int, help="only this phase, from 0 (default: all)")
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a phase on stdout, a line each"

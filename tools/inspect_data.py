@@ -32,10 +32,7 @@ def parser() -> program.Parser:
     parser.add_argument("recipe", metavar="RECIPE", help="a Python file with recipe() -> Run")
     parser.add_argument("--data-dir", type=located, help="dataset; none: that of the recipe")
     parser.add_argument("--workdir", type=Path, help="of the recipe (default: runs/<its name>)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides",
-        help="change a field of the recipe; repeatable",
-    )  # fmt: skip
+    parser.add_overrides("change a field of the recipe; repeatable")
     parser.add_argument("--split", help="of the dataset; none: the recipe's")
     parser.add_argument("--phase", type=int, default=0, help="of the recipe, from 0")
     parser.add_argument("--batches", type=int, default=20, help="how many to count")

@@ -19,13 +19,14 @@ from flaxpretrain.models.layers import (
     add_bias,
     dropout,
     lean,
+    padded,
     truncated_normal,
     zeros,
 )
 from flaxpretrain.models.memory import Kept
 from flaxpretrain.models.partition import context_size, flat, on_each_device, whole_rows
 from flaxpretrain.models.row_attention import LANES, row_attention, side_by_side, takes
-from flaxpretrain.models.splash import padded, splash_attention
+from flaxpretrain.models.splash import splash_attention
 
 NEVER = -1e30
 """Score of a pair of tokens that may not look at each other: finite, so no row becomes NaN."""

@@ -57,6 +57,15 @@ def trailing(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
 
 
+def padded(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
+    """`x` with more entries along an axis, up to a multiple of so many."""
+    more = -x.shape[axis] % multiple
+    if not more:
+        return x
+    widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)
+
+
 def lean(function: Callable[..., Array]) -> Callable[..., Array]:
     """The same function, which keeps nothing but its arguments for the backward pass.
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flaxpretrain.models.blocks import blocks
+from flaxpretrain.models.layers import padded
 
 LANES = 128
 """Width of a register of every TPU, and of a block of heads."""
@@ -94,17 +95,9 @@ def row_attention(
     """
     length = segment_ids.shape[1]
     form = _Form(size, blocks().scores, causal, window, interpret)
-    padded = tuple(_padded(x, 0) for x in packed)
-    ids = (_padded(ids, -1) for ids in (segment_ids, key_segment_ids))
-    return _attended(form, padded, *ids)[:, :length]  # pyright: ignore[reportIndexIssue]
-
-
-def _padded(x: Array, fill: int) -> Array:
-    """`x` with more places, up to a multiple of the lanes."""
-    more = -x.shape[1] % LANES
-    if not more:
-        return x
-    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+    whole = tuple(padded(x, 1, LANES) for x in packed)
+    ids = (padded(ids, 1, LANES, -1) for ids in (segment_ids, key_segment_ids))
+    return _attended(form, whole, *ids)[:, :length]  # pyright: ignore[reportIndexIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

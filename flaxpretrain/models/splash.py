@@ -7,23 +7,14 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flaxpretrain.models.blocks import blocks
 from flaxpretrain.models.functional import ATTENTION_CONTEXT
+from flaxpretrain.models.layers import padded
 
 SPLASH_BLOCK = 128
 """Splash attention works on blocks of a multiple of this many tokens; shorter rows are padded."""
-
-
-def padded(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
-    """`x` with more entries along an axis, up to a multiple of so many."""
-    more = -x.shape[axis] % multiple
-    if not more:
-        return x
-    widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
 
 
 def splash_attention(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxpretrain.errors import UserError
+from flaxpretrain.training.session import write_json
 
 GOODPUT = "goodput.json"
 
@@ -107,15 +108,13 @@ class Ledger:
         if not force and now - self._written < WRITE_SECONDS:
             return
         self._written = now
-        text = json.dumps(
-            {"time": self._wall_clock(), "step": step, "seconds": self.seconds()}, indent=2
-        )
-        aside = workdir / (GOODPUT + ".new")
+        account = {"time": self._wall_clock(), "step": step, "seconds": self.seconds()}
         try:
-            aside.write_text(text + "\n", encoding="utf-8")
-            aside.replace(workdir / GOODPUT)
+            write_json(workdir / GOODPUT, account)
         except OSError as error:
-            raise UserError(f"cannot write {aside}: {error.strerror}; make room") from error
+            raise UserError(
+                f"cannot write {workdir / GOODPUT}: {error.strerror}; make room"
+            ) from error
 
     def figures(self) -> dict[str, float | None]:
         """`goodput`, the share of steps in the wall time so far; `time/*`, those of the rest."""
