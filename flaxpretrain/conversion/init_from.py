@@ -15,7 +15,8 @@ from flaxpretrain.conversion.check import locally
 from flaxpretrain.conversion.folders import HubModel, config_class, params_of
 from flaxpretrain.conversion.resizing import resized_for_dataset
 from flaxpretrain.conversion.sources import open_model, write_origin
-from flaxpretrain.data.store import open_dataset
+from flaxpretrain.data.files import files_of
+from flaxpretrain.data.store import TOKENIZER_FILES, TOKENIZER_FOLDER
 from flaxpretrain.errors import UserError
 from flaxpretrain.models.functional import model_of
 from flaxpretrain.training.session import odd_tokens
@@ -55,7 +56,9 @@ def weights_from(
     """
     model, origin = open_model(source)
     if workdir is not None:
-        tokenizer = open_dataset(dataset_folder(run, workdir)).tokenizer_folder
+        # Not by opening the dataset: a mixture has several, and one tokenizer.
+        dataset = files_of(dataset_folder(run, workdir))
+        tokenizer = dataset.folder(TOKENIZER_FOLDER, TOKENIZER_FILES)
         model = resized_for_dataset(model, tokenizer, source, say)
         check_tokenizers(model.tokenizer, tokenizer, source)
     params = fitted_params(model, run, source=str(source), say=say)

@@ -123,9 +123,18 @@ def test_a_folder_without_a_trace_and_a_broken_one_are_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
+    """A workdir; in a process of its own, for the profiler crashes one that has loaded libtpu."""
     folder = tmp_path_factory.mktemp("traced")
-    run = toys.packed_run(str(toys.dataset(folder / "data")), steps=5)
-    train(run, folder / "run", quiet=True, profile_steps=range(3, 5))
+    data = str(toys.dataset(folder / "data"))
+    recipe = folder / "toy_recipe.py"
+    recipe.write_text(
+        f"from tests import toys\ndef recipe():\n    return toys.packed_run({data!r}, steps=5)\n"
+    )
+    command = [sys.executable, "run_pretraining.py", recipe, "--workdir", folder / "run"]
+    done = subprocess.run(
+        [*command, "--quiet", "--profile-steps", "3:5"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
