@@ -4,13 +4,14 @@ The libtpu package holds the compiler of TPUs. Whether a program fits is the com
 step time is an estimate by XLA's own cost model, and is called an estimate wherever it is shown.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -194,11 +195,31 @@ def lower_step(
     assembly = assembled_for(run, topology, slices)
     phase = run.phases[phase_number]
     batch = assembly.batch_spec(phase, stand_in_vocabulary(run))
-    with jax.set_mesh(assembly.mesh):
+    with jax.set_mesh(assembly.mesh), _short_source_locations():
         lowered = assembly.train_step(phase).lower(assembly.state, batch)
     known = _described(run, assembly, topology, slices, phase_number)
     known["program_hash"] = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     return assembly, lowered, known
+
+
+@contextlib.contextmanager
+def _short_source_locations() -> Iterator[None]:
+    """Kernels carry the lines that they were written by; these name no folder and no caller.
+
+    So the program, and its hash, are the same in every checkout.
+    """
+    values = {
+        "jax_hlo_source_file_canonicalization_regex": ".*/",
+        "jax_include_full_tracebacks_in_locations": False,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def compile_step(
