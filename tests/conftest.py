@@ -5,9 +5,11 @@ import os
 from flaxpretrain import program
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _FLAGS:
-    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8".strip()
+# Programs of tests run for milliseconds and take seconds to compile, mostly in LLVM.
+for flag in ("xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{flag}".strip()
 program.avoid_known_faults()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
