@@ -33,8 +33,8 @@ HARDWARE = (
     HardwareRule("TPU v5 ?(lite|e)", FAST, tokens_per_device=32_768),
     HardwareRule("TPU v6 ?(lite|e)", FAST, tokens_per_device=32_768),
     HardwareRule("TPU v5p?$", FAST, tokens_per_device=65_536),
-    HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=32_768),
-    HardwareRule("A100", {"remat": "none"}, tokens_per_device=16_384),
+    HardwareRule("H100|H200|A100.*80", {"remat": "save_all"}, tokens_per_device=32_768),
+    HardwareRule("A100", {"remat": "save_all"}, tokens_per_device=16_384),
 )
 """What a device has memory for; no remat where that leaves enough rows at once."""
 

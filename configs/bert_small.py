@@ -41,6 +41,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=100_000, length=128, batch_size=128),),
         precision=Precision(compute="bfloat16"),
+        remat="save_all",
         evaluations=(FixedNoise(every_steps=5_000, batch_size=128, max_rows=8_192),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=2, best="validation/masked_lm"),
     )

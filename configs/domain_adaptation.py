@@ -45,6 +45,7 @@ def recipe() -> Run:
         schedule=WarmupLinear(),
         guard=Guard(),
         phases=(Phase(epochs=3, length=128, batch_size=64),),
+        remat="save_all",
         evaluations=(
             # Its own objective: another masking in training leaves the figures comparable.
             FixedNoiseByEpoch(batch_size=64, objective=objective),

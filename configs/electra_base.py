@@ -27,10 +27,10 @@ POD = "v5e:4x4"
 
 HARDWARE = (
     HardwareRule("TPU v5 ?(lite|e)", {"remat": "dots"}, tokens_per_device=8_192),
-    HardwareRule("TPU v6 ?(lite|e)", {"remat": "none"}, tokens_per_device=16_384),
-    HardwareRule("TPU v5p?$", {"remat": "none"}, tokens_per_device=32_768),
-    HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=32_768),
-    HardwareRule("A100", {"remat": "none"}, tokens_per_device=8_192),
+    HardwareRule("TPU v6 ?(lite|e)", {"remat": "save_all"}, tokens_per_device=16_384),
+    HardwareRule("TPU v5p?$", {"remat": "save_all"}, tokens_per_device=32_768),
+    HardwareRule("H100|H200|A100.*80", {"remat": "save_all"}, tokens_per_device=32_768),
+    HardwareRule("A100", {"remat": "save_all"}, tokens_per_device=8_192),
 )
 """What a device has memory for; no remat where that leaves enough rows at once."""
 

@@ -72,6 +72,7 @@ def recipe() -> Run:
         schedule=WarmupLinear(warmup_share=0.1),
         guard=Guard(),
         phases=(Phase(steps=4_000, length=64, batch_size=64),),
+        remat="save_all",
         evaluations=(
             evaluation,
             dataclasses.replace(evaluation, name="temperature_1", objective=as_it_is),

@@ -43,6 +43,7 @@ def recipe() -> Run:
         schedule=WarmupTimesDecay(warmup_steps=500),
         guard=Guard(),
         phases=(Phase(steps=10_000, length=128, batch_size=32),),
+        remat="save_all",
         evaluations=(FixedNoise(every_steps=1_000, batch_size=64, max_rows=2_048),),
         checkpoints=Checkpoints(every_steps=1_000, keep_last=2),
         logging=Logging(every_steps=50),

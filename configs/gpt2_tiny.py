@@ -42,6 +42,7 @@ def recipe() -> Run:
         schedule=Cosine(warmup_steps=500, floor=0.1),
         guard=Guard(),
         phases=(Phase(steps=10_000, length=128, batch_size=32),),
+        remat="save_all",
         evaluations=(FixedNoise(every_steps=1_000, batch_size=64, max_rows=2_048),),
         checkpoints=Checkpoints(every_steps=1_000, keep_last=2),
         logging=Logging(every_steps=50),

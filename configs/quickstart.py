@@ -75,6 +75,7 @@ def recipe() -> Run:
         schedule=WarmupLinear(warmup_share=0.1),
         guard=Guard(),
         phases=(Phase(steps=600, length=64, batch_size=64),),
+        remat="save_all",
         evaluations=(
             FixedNoise(
                 every_steps=100,

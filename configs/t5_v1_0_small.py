@@ -38,6 +38,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=524_288, length=512, batch_size=128),),
         precision=Precision(compute="bfloat16"),
+        remat="save_all",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=128, max_rows=12_800),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),
         device="tpu or gpu",

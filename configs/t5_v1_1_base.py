@@ -26,11 +26,11 @@ POD = "v5e:8x16"
 """The TPU slice that tools/compile_all.py compiles this recipe for."""
 
 HARDWARE = (
-    HardwareRule("TPU v5 ?(lite|e)", {"remat": "none"}, tokens_per_device=16_384),
-    HardwareRule("TPU v6 ?(lite|e)", {"remat": "none"}, tokens_per_device=32_768),
-    HardwareRule("TPU v5p?$", {"remat": "none"}, tokens_per_device=65_536),
-    HardwareRule("H100|H200|A100.*80", {"remat": "none"}, tokens_per_device=65_536),
-    HardwareRule("A100", {"remat": "none"}, tokens_per_device=32_768),
+    HardwareRule("TPU v5 ?(lite|e)", {"remat": "save_all"}, tokens_per_device=16_384),
+    HardwareRule("TPU v6 ?(lite|e)", {"remat": "save_all"}, tokens_per_device=32_768),
+    HardwareRule("TPU v5p?$", {"remat": "save_all"}, tokens_per_device=65_536),
+    HardwareRule("H100|H200|A100.*80", {"remat": "save_all"}, tokens_per_device=65_536),
+    HardwareRule("A100", {"remat": "save_all"}, tokens_per_device=32_768),
 )
 """What a device has memory for; no remat where that leaves enough rows at once."""
 
@@ -60,6 +60,7 @@ def recipe() -> Run:
         phases=(Phase(steps=1_000_000, length=512, batch_size=2_048),),
         precision=Precision(compute="bfloat16"),
         hardware=HARDWARE,
+        remat="save_all",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=512, max_rows=12_800),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),
         device="tpu or gpu",

@@ -49,6 +49,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=1_000_000, length=512, batch_size=2_048),),
         precision=Precision(compute="bfloat16"),
+        remat="save_all",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=512, max_rows=12_800),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),
         device="tpu or gpu",

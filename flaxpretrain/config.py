@@ -279,7 +279,7 @@ class Run:
     rewind: Any = None
     mesh: Mesh = Mesh()
     precision: Precision = Precision()
-    remat: str = "none"
+    remat: str = "auto"
     attention: str = "auto"
     scan_layers: bool = True
     hardware: tuple[HardwareRule, ...] = ()

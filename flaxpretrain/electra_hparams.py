@@ -250,6 +250,7 @@ def run_of(hparams: HParams, name: str, data_dir: Path | None = None) -> Run:
             Phase(steps=steps, length=hparams.max_seq_length, batch_size=hparams.train_batch_size),
         ),
         precision=Precision(compute="float32"),
+        remat="save_all",
         evaluations=(evaluation,),
         checkpoints=Checkpoints(
             every_steps=hparams.save_checkpoints_steps, keep_last=hparams.keep_checkpoint_max

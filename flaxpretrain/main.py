@@ -37,6 +37,7 @@ from flaxpretrain.hardware import rule_for
 from flaxpretrain.locations import is_remote, located
 from flaxpretrain.supervisor import add_restarts
 from flaxpretrain.training import sharding
+from flaxpretrain.training.assembly import check_remat
 from flaxpretrain.training.compile_cache import NONE, use_compile_cache
 from flaxpretrain.training.distributed import (
     JOIN_SECONDS,
@@ -185,6 +186,7 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
     if arguments.dry_run:
         print_plan(run, local_folder(workdir))
         return program.EXIT_OK
+    check_remat(run)  # before hours of preparation
     say_devices(run, arguments.allow_cpu)
     peers.seconds = run.watchdog.peer_seconds
     use_compile_cache(workdir, arguments.compile_cache)

@@ -130,7 +130,7 @@ def test_a_recipe_s_rule_for_the_devices_applies_and_an_override_wins(tmp_path):
     devices = jax.devices()
     run = load(path, ["microbatches=4"], devices)
     assert (run.remat, run.phases[0].microbatches) == ("dots", 4)
-    assert load(path).remat == load(path, devices=devices[:4]).remat == "none"
+    assert load(path).remat == load(path, devices=devices[:4]).remat == "save_all"
     # The rules stay, and may be changed themselves; none of it stands in the way of a resume.
     assert parse(json.loads(json.dumps(render(run)))) == run
     assert load(path, ["hardware.0.settings.remat=full"], devices).remat == "full"

@@ -140,6 +140,7 @@ def run(**changes) -> Run:
         phases=(Phase(steps=6, length=32, batch_size=8),),
         checkpoints=Checkpoints(every_steps=100),
         logging=Logging(every_steps=1, tensorboard=False),
+        remat="save_all",
     )
     return Run(**(values | changes))
 

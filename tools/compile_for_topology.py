@@ -27,7 +27,6 @@ from rich.table import Table
 from flaxpretrain import program
 from flaxpretrain.analysis.pods import source_hash
 from flaxpretrain.analysis.search import (
-    REMATS,
     Budget,
     Found,
     Record,
@@ -35,6 +34,7 @@ from flaxpretrain.analysis.search import (
     command,
     default_batch_sizes,
     default_meshes,
+    default_remats,
     grid,
     search,
 )
@@ -91,7 +91,9 @@ def add_search(parser: program.Parser) -> None:
         metavar="N,...",
         help="rows of a global batch (default: the recipe's, 2 and 4 times as many, half)",
     )
-    group.add_argument("--remats", metavar="NAME,...", default=",".join(REMATS), help="policies")
+    group.add_argument(
+        "--remats", metavar="NAME,...", help="policies (default: no remat, dots and full)"
+    )
     group.add_argument(
         "--meshes",
         metavar="MESH;...",
@@ -172,7 +174,8 @@ def search_and_print(run: Run, phase: int, arguments: Any, console: Console) -> 
     if arguments.mesh or arguments.meshes:
         texts = (arguments.meshes or arguments.mesh).split(";")
         meshes = [mesh_of(text) for text in texts]
-    candidates = grid(sizes, arguments.remats.split(","), meshes)
+    remats = arguments.remats.split(",") if arguments.remats else default_remats(run)
+    candidates = grid(sizes, remats, meshes)
     name = f"{run.name}-{topology.replace(':', '-')}" + (f"-x{slices}" if slices > 1 else "")
     path = arguments.record or Path("runs") / "search" / f"{name}.jsonl"
     record = Record(path, source_hash(Path(arguments.recipe)))

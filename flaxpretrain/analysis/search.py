@@ -17,13 +17,10 @@ from typing import Any
 from flaxpretrain.analysis.topology import Report, compile_step
 from flaxpretrain.config import Mesh, Run, override, render
 from flaxpretrain.errors import UserError
-from flaxpretrain.models.functional import REMAT_POLICIES
+from flaxpretrain.training.assembly import REMATS
 
 MOST_STARTS = 2
 """A compilation that was begun so often and never ended took the process with it."""
-
-REMATS = ("none", "dots", "full")
-"""The policies that a search tries unless told others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +76,11 @@ def default_batch_sizes(batch_size: int) -> tuple[int, ...]:
     return (batch_size, 2 * batch_size, 4 * batch_size, max(batch_size // 2, 1))
 
 
+def default_remats(run: Run) -> tuple[str, ...]:
+    """From the fastest to what needs the least memory."""
+    return ("save_all" if run.scan_layers else "none", "dots", "full")
+
+
 def default_meshes(slices: int) -> tuple[Mesh, ...]:
     """Rows over all devices, with the optimizer whole or split; or the whole state split."""
     fsdp = Mesh(data=slices, fsdp=-1)
@@ -94,10 +96,8 @@ def grid(
         UserError: an unknown policy, or a batch size that is not positive.
     """
     for remat in remats:
-        if remat not in REMAT_POLICIES:
-            raise UserError(
-                f"--remats: expected some of {', '.join(REMAT_POLICIES)}; got {remat!r}"
-            )
+        if remat not in REMATS:
+            raise UserError(f"--remats: expected some of {', '.join(REMATS)}; got {remat!r}")
     for size in batch_sizes:
         if size < 1:
             raise UserError(f"--batch-sizes: expected positive numbers; got {size}")

@@ -25,6 +25,19 @@ ATTENTION_CONTEXT = "attention_context"
 _POLICIES = jax.checkpoint_policies
 _SAVE_ATTENTION = _POLICIES.save_only_these_names(ATTENTION_CONTEXT)
 
+_ONTO_HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
+_OFFLOAD_DOTS = _POLICIES.offload_dot_with_no_batch_dims(**_ONTO_HOST)
+_OFFLOAD_ATTENTION = _POLICIES.save_and_offload_only_these_names(
+    names_which_can_be_saved=(), names_which_can_be_offloaded=(ATTENTION_CONTEXT,), **_ONTO_HOST
+)
+
+
+def _offload_dots_and_attention(prim: Any, *args: Any, **params: Any) -> Any:
+    """What `dots_save_attention` saves; jax's own helper joins no policies that offload."""
+    policy = _OFFLOAD_ATTENTION if prim.name == "name" else _OFFLOAD_DOTS
+    return policy(prim, *args, **params)
+
+
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": _POLICIES.nothing_saveable,
@@ -34,6 +47,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots_save_attention": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
     ),
+    "offload_dots": _offload_dots_and_attention,
+    "offload_attention": _OFFLOAD_ATTENTION,
 }
 """What the backward pass finds saved, by name.
 
@@ -41,6 +56,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 matrix products, `dots` attention's output among them, which spares the kernel's second forward
 pass (`dots_no_batch`: not those between activations, such as attention scores and its output);
 `save_attention` saves attention's output, which spares a flash kernel's second forward pass.
+`offload_dots` and `offload_attention` move what `dots_save_attention` and `save_attention` save to
+the host's memory, and back in the backward pass: device memory for transfers.
 """
 
 

@@ -23,7 +23,7 @@ from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import has_flash_attention
 from flaxpretrain.models import attention
-from flaxpretrain.models.functional import Execution, Model, model_of
+from flaxpretrain.models.functional import REMAT_POLICIES, Execution, Model, model_of
 from flaxpretrain.training import sharding
 from flaxpretrain.training.guard import guard_of, guarded
 from flaxpretrain.training.loss_scale import LossScaling, loss_scaled
@@ -33,6 +33,9 @@ from flaxpretrain.training.step import check_divisible, make_eval_step, make_tra
 
 STAND_IN_SENTINELS = 100
 """As many as T5's tokenizer has."""
+
+REMATS = ("auto", "save_all", *REMAT_POLICIES)
+"""What a run may say of rematerialisation: policies by name, and two that depend on its layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Assembly:
     def train_step(self, phase: Phase) -> Callable[[TrainState, PyTree], tuple[TrainState, Any]]:
         """The jitted train step of a phase; the state is donated."""
         check_divisible(phase.batch_size, phase.microbatches, self.mesh)
+        check_remat(self.run)
         step = make_train_step(
             self.run.objective,
             self.model,
@@ -138,10 +142,35 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
     )
     execution = Execution(
         attention=attention_backend(run, mesh.devices.flat[0]),
-        remat=run.remat,
+        remat=remat_policy(run),
         scan=run.scan_layers,
     )
     return Assembly(run, mesh, model, optimizer, state, execution, updates if splits else None)
+
+
+def remat_policy(run: Run) -> str:
+    """The policy by which layers are traced: `auto` rematerialises where a scan would stack all.
+
+    Raises:
+        UserError: an unknown policy.
+    """
+    if run.remat not in REMATS:
+        raise UserError(f"remat: expected one of {', '.join(REMATS)}; got {run.remat!r}")
+    chosen = {"auto": "dots" if run.scan_layers else "none", "save_all": "none"}
+    return chosen.get(run.remat, run.remat)
+
+
+def check_remat(run: Run) -> None:
+    """Raises UserError where a scan would save everything unasked; for training alone.
+
+    A pass without gradients saves nothing, so that workdirs of older versions can be read.
+    """
+    if remat_policy(run) == "none" and run.scan_layers and run.remat != "save_all":
+        raise UserError(
+            "remat none with scan_layers: a scan stacks all that the backward pass reads of every "
+            "layer, which takes more memory than unrolled layers do: choose remat=dots or "
+            "remat=full, or scan_layers=false, or ask for it with remat=save_all"
+        )
 
 
 def attention_backend(run: Run, device: Any) -> str:

@@ -141,6 +141,25 @@ def test_gradients_in_bfloat16_take_half_the_bytes_of_a_sum(libtpu):
 
 
 @pytest.mark.tpu
+def test_what_is_offloaded_leaves_a_chip_for_its_host(libtpu):
+    def memory(remat):
+        run = toys.run(
+            model=toys.bert(num_hidden_layers=12),
+            phases=(Phase(steps=1, length=32, batch_size=1_024),),
+            attention="xla",
+            remat=remat,
+        )
+        report, text = topology.compile_step(run, "v5e:2x2", 0)
+        assert report.fits and report.temporary_bytes is not None and text is not None
+        return report.temporary_bytes, "S(5)" in text  # the host's memory in XLA's layouts
+
+    kept, offloaded = memory("dots_no_batch"), memory("offload_dots")
+    assert (kept[1], offloaded[1]) == (False, True)
+    # At least the query, key and value of all layers, 3 x 32 float32 a token, are gone.
+    assert kept[0] - offloaded[0] > 12 * (1_024 // 4 * 32) * 3 * 32 * 4
+
+
+@pytest.mark.tpu
 def test_what_does_not_fit_is_told_with_the_compiler_s_numbers(libtpu):
     run = toys.run(
         phases=(Phase(steps=1, length=32, batch_size=2**22),),

@@ -40,7 +40,8 @@ def test_a_search_prints_commands_keeps_what_it_found_and_goes_on(tool, capsys, 
     pytest.importorskip("libtpu")
     record = tmp_path / "found" / "record.jsonl"
     flags = [*SMALL, "--set=length=32", "--topology=v5e:2x2", "--search", f"--record={record}"]
-    grid = ["--batch-sizes=16,32", "--remats=none", "--meshes=data=-1;data=-1,shard_optimizer=true"]
+    meshes = "data=-1;data=-1,shard_optimizer=true"
+    grid = ["--batch-sizes=16,32", "--remats=save_all", f"--meshes={meshes}"]
     search = [RECIPE, *flags, *grid, "--json"]
     assert tool("compile_for_topology").main([*search, "--max-compiles=1"]) == 0
     out, err = capsys.readouterr()
@@ -84,7 +85,7 @@ def test_the_mesh_is_read(tool):
             ["--topology=v5e:2x2", "--mesh=context=4", "--set=length=126"],
             "segment_ids of 126 positions are not divisible by mesh context = 4",
         ),
-        (["--topology=v5e:2x2", "--search", "--remats=some"], "--remats: expected some of none,"),
+        (["--topology=v5e:2x2", "--search", "--remats=some"], "--remats: expected some of auto,"),
         (["--topology=v5e:2x2", "--search", "--batch-sizes=many"], "--batch-sizes many: expected"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from flaxpretrain.config import Mesh, Phase, Precision
 from flaxpretrain.errors import UserError
 from flaxpretrain.training import sharding
-from flaxpretrain.training.assembly import assemble
+from flaxpretrain.training.assembly import assemble, remat_policy
 from flaxpretrain.training.step import strided_microbatches
 from tests import toys
 from tests.tolerances import BFLOAT16_SUMS, FLOAT32_REORDERED
@@ -73,13 +73,39 @@ def test_microbatches_equal_the_whole_batch_with_dropout_on(microbatches, mesh):
     assert_same(one_step(mesh, microbatches), reference())
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload_dots"])
 def test_remat_equals_none(remat):
     assert_same(one_step(remat=remat), reference())
 
 
+def test_what_goes_to_the_host_s_memory_comes_back_on_several_devices():
+    assert_same(one_step(MESHES["data"], remat="offload_dots"), reference())
+    assert_same(one_step(MESHES["fsdp"], remat="offload_attention"), reference())
+
+
+def test_a_scan_rematerialises_unless_it_is_asked_to_save_all():
+    def policy(**changes):
+        return remat_policy(toys.run(**changes))
+
+    assert policy(remat="auto") == "dots"
+    assert policy(remat="auto", scan_layers=False) == policy(remat="save_all") == "none"
+    assert policy(remat="full", scan_layers=False) == "full"
+
+
+@pytest.mark.parametrize(
+    ("remat", "message"),
+    [
+        ("none", "remat none with scan_layers: .*remat=dots or remat=full.*remat=save_all"),
+        ("some", "remat: expected one of auto, save_all, none, full.*; got 'some'"),
+    ],
+)
+def test_a_scan_without_remat_is_refused_and_so_is_an_unknown_policy(remat, message):
+    with pytest.raises(UserError, match=message):
+        one_step(remat=remat)
+
+
 def test_unrolled_layers_equal_scanned_ones():
-    assert_same(one_step(scan_layers=False), reference())
+    assert_same(one_step(remat="none", scan_layers=False), reference())
 
 
 def test_the_loss_is_the_sum_over_the_weight_not_a_mean_of_means():
