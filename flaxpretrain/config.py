@@ -18,7 +18,7 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import HardwareRule, rule_for
 from flaxpretrain.locations import Location, is_remote, located
 from flaxpretrain.overrides import coerce, nearest
-from flaxpretrain.rendering import flatten, parse, render
+from flaxpretrain.rendering import completed, flatten, parse, render
 
 __all__ = [
     "Checkpoints",
@@ -488,8 +488,7 @@ def differences(old: Any, new: Any) -> list[str]:
             return True
         return any(path == p or path.startswith(p + ".") for p in MAY_CHANGE)
 
-    # A field that an older version did not have is one that is None.
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(completed(old)), flatten(new)
     lines = []
     for path in sorted(before.keys() | after.keys()):
         a, b = before.get(path), after.get(path)

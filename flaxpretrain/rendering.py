@@ -67,6 +67,36 @@ def parse(data: Any) -> Any:
     return cls(**fields)
 
 
+def completed(data: Any) -> Any:
+    """Rendered data of an older version with the fields that its classes have now, as they default.
+
+    Classes that cannot be found are left as they are.
+    """
+    if isinstance(data, list):
+        return [completed(v) for v in data]
+    if not isinstance(data, Mapping):
+        return data
+    return _defaults(data.get("class")) | {k: completed(v) for k, v in data.items()}
+
+
+def _defaults(path: str | None) -> dict[str, Any]:
+    """The rendered defaults of a class's fields, of those that have one."""
+    module_name, _, name = (path or "").rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError):
+        return {}
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        return {}
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        if field.init and field.default is not dataclasses.MISSING:
+            defaults[field.name] = render(field.default)
+        elif field.init and field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = render(field.default_factory())
+    return defaults
+
+
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     """Rendered data as one level: dotted path -> leaf."""
     if isinstance(data, Mapping):

@@ -113,6 +113,26 @@ def test_what_may_change_at_resume_and_what_may_not():
     ]
 
 
+def test_a_field_that_an_older_version_did_not_have_stood_at_its_default():
+    run = toys.run()
+    old = render(run)
+    del old["precision"]["reduce"], old["seeds"], old["guard"], old["phases"][0]["microbatches"]
+    assert differences(old, render(run)) == []
+    changed = override(override(run, "precision.reduce", "bfloat16"), "seeds.noise", "7")
+    assert differences(old, render(changed)) == [
+        'precision.reduce: "float32" -> "bfloat16"',
+        "seeds.noise: 0 -> 7",
+    ]
+
+
+def test_a_class_that_is_gone_is_compared_as_it_was_written():
+    old = render(toys.run()) | {"guard": {"class": "gone.Guard", "window": 4}}
+    assert differences(old, render(toys.run())) == [
+        'guard.class: "gone.Guard" -> null',
+        "guard.window: 4 -> null",
+    ]
+
+
 HARDWARE_RECIPE = """
 from flaxpretrain.hardware import HardwareRule
 from tests import toys

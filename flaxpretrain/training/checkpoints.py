@@ -211,6 +211,7 @@ class Checkpoints:
             raise self._failed_save(info.step, error) from error
         listed.wait()
         self._infos[info.step] = info
+        self._damaged.pop(info.step, None)  # that one was set aside
         if self._policy is None or jax.process_index() != 0:
             return
         stay = kept([i for i in map(self._info, self.steps()) if i is not None], self._policy)
@@ -285,11 +286,12 @@ class Checkpoints:
             listed.set()
 
     def _tidy(self) -> None:
-        """Once, before the first save: what nobody can be writing any more is put in order."""
-        if self._tidied or jax.process_index() != 0:
+        """Before a save: what nobody can be writing any more is put in order."""
+        if jax.process_index() != 0:
             return
-        self._tidied = True
-        self._shelf.tidy()
+        if not self._tidied:
+            self._tidied = True
+            self._shelf.tidy()
         for step, reason in self._damaged.items():
             if note := self._shelf.set_aside(step, reason):
                 self._say(f"warning: {note}")

@@ -141,6 +141,7 @@ def test_gradients_in_bfloat16_take_half_the_bytes_of_a_sum(libtpu):
 
 
 @pytest.mark.tpu
+@pytest.mark.slow
 def test_what_is_offloaded_leaves_a_chip_for_its_host(libtpu):
     def memory(remat):
         run = toys.run(

@@ -185,6 +185,21 @@ def test_another_models_checkpoint_is_no_damage_but_a_mistake(tmp_path):
 # Damage.
 
 
+def test_damage_found_after_a_save_is_set_aside_too_and_its_step_saved_again(tmp_path):
+    checkpoints, lines = open_folder(tmp_path, every_steps=1, keep_last=10)
+    for step in (1, 2):
+        checkpoints.save(step, at_step(initial(), step), METADATA)
+    checkpoints.wait()
+    truncate(tmp_path / "2")
+    assert checkpoints.restore(placed_here())[2] == 1  # as a rewind does
+    checkpoints.save(2, at_step(initial(1), 2), METADATA)
+    checkpoints.wait()
+    assert (tmp_path / "2.damaged").exists() and "moved the damaged" in lines[-1]
+    restored, _, step = checkpoints.restore(placed_here())
+    assert step == 2
+    assert_same(restored, at_step(initial(1), 2))
+
+
 def largest_file(folder: Path) -> Path:
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
@@ -220,6 +235,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     checkpoints.save(3, at_step(initial(), 3), METADATA)
     checkpoints.close()
     assert (tmp_path / "3.damaged").exists() and "moved the damaged" in lines[1]
+    # What lies there now is whole, in this process as in the next.
+    assert checkpoints.latest() == 3 and checkpoints.restore(placed_here())[2] == 3
     assert open_folder(tmp_path)[0].restore(placed_here())[2] == 3
 
 
