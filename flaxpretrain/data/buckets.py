@@ -95,7 +95,7 @@ class LengthBuckets(Layout):
         whole = self.layout.fill(split, room)
         if not isinstance(whole, (DocumentPlan, PairPlan)):
             raise UserError(f"data.layout.layout {self.layout} has no rows to put into buckets")
-        counts = whole.histogram
+        counts = whole.items.histogram
         # Where B of a pair is a random text, it may be shorter than its room.
         filled = whole.real_tokens_per_epoch / float(counts @ room.tokens)
         plans: dict[int, BucketPlan] = {}

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from flaxpretrain.data.framing import ArraySpec, Framing, token_ids
+from flaxpretrain.data.offsets import AT_ONCE
 from flaxpretrain.data.randomness import Keys
 from flaxpretrain.data.room import Room
 from flaxpretrain.data.rows import Layout, RowPlan, require_text
+from flaxpretrain.data.scratch import ArrayWriter
 from flaxpretrain.data.store import Split
 from flaxpretrain.data.views import read_views
 from flaxpretrain.shapes import Batch, Int, Numpy
-
-_BORDERS_AT_ONCE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,18 @@ class FullSentences(Layout):
         require_text(split)
         room.require_pieces("FullSentences()")
         begins = _begins(split, room.capacity, self.separate)
-        starts, ends = begins[:-1], begins[1:]
-        inner = _documents_before(split, ends) - _documents_before(split, starts + 1)
-        sizes = ends - starts + inner * self.separate
+        tokens = 0
+        for first in range(0, len(begins) - 1, AT_ONCE):
+            some = begins[first : first + AT_ONCE + 1]
+            starts, ends = some[:-1], some[1:]
+            inner = _documents_before(split, ends) - _documents_before(split, starts + 1)
+            tokens += int(room.tokens[ends - starts + inner * self.separate].sum())
         return SentencePlan(
             split=split,
             length=room.length,
             capacity=room.capacity,
-            rows_per_epoch=len(starts),
-            real_tokens_per_epoch=int(room.tokens[sizes].sum()),
+            rows_per_epoch=len(begins) - 1,
+            real_tokens_per_epoch=tokens,
             max_pieces=1,
             begins=begins,
             separate=self.separate,
@@ -59,12 +62,12 @@ class FullSentences(Layout):
 
 
 def _documents_before(split: Split, position: Int[Numpy, " N"]) -> Int[Numpy, " N"]:
-    return np.searchsorted(split.document_offsets, position)
+    return split.document_offsets.searchsorted(position)
 
 
 def _begins(split: Split, capacity: int, separate: bool) -> Int[Numpy, " R"]:
     """Where in the stream the rows begin, and the end of the last."""
-    found = []
+    found = ArrayWriter()
     left = np.zeros(1, np.int64)
     for borders in _portions(split):
         # The row that the portion before this one left open goes on.
@@ -80,13 +83,14 @@ def _begins(split: Split, capacity: int, separate: bool) -> Int[Numpy, " R"]:
         left = borders[here:]
     if left[0] < split.tokens:
         found.append(left[:1])
-    return np.concatenate([*found, [split.tokens]])
+    found.append(np.array([split.tokens]))
+    return found.array()
 
 
 def _portions(split: Split) -> Iterator[np.ndarray]:
     """The ends of all sentences, some at a time, to bound memory."""
-    for first in range(1, len(split.sentence_offsets), _BORDERS_AT_ONCE):
-        yield np.asarray(split.sentence_offsets[first : first + _BORDERS_AT_ONCE], np.int64)
+    for first in range(1, len(split.sentence_offsets), AT_ONCE):
+        yield np.asarray(split.sentence_offsets[first : first + AT_ONCE], np.int64)
 
 
 def _divided(borders: np.ndarray, capacity: int) -> np.ndarray:
@@ -127,7 +131,7 @@ class SentencePlan(RowPlan):
         counts = np.where(length > 0, _documents_before(self.split, start + length) - first, 0)
         row = np.repeat(np.arange(len(start)), counts)
         ordinal = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        border = np.asarray(self.split.document_offsets, np.int64)[first[row] + ordinal]
+        border = self.split.document_offsets[first[row] + ordinal]
         separators = np.zeros((len(start), self.capacity), bool)
         separators[row, border - start[row] + ordinal] = True
         inside = np.arange(self.capacity) < (length + counts)[:, None]

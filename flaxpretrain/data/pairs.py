@@ -4,6 +4,7 @@ Such a corpus has two lines a document: the source, then its target.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from flaxpretrain.data.encoder_decoder import (
     Task,
     texts_of,
 )
+from flaxpretrain.data.offsets import portions
 from flaxpretrain.data.packing import Packing, pack
-from flaxpretrain.data.randomness import Keys, Stream, fold, permute
+from flaxpretrain.data.randomness import Keys, Stream
 from flaxpretrain.data.room import Room
 from flaxpretrain.data.rows import Layout, RowPlan, epoch_keys, require_text
+from flaxpretrain.data.size_index import Items, SizeIndex, index_by_size
 from flaxpretrain.data.store import Split
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
@@ -92,56 +95,77 @@ class SourceTargetPairs(Layout):
                 "data.layout SourceTargetPairs() is for the noise SourceTarget(); this objective "
                 "makes its own targets: use Blocks() or Documents()"
             )
-        starts, lengths = self._pairs(split, room.pairs)
+        text = self._checked(split, room.pairs)
         extra = room.budget - room.pairs[0]
-        source, target = (lengths + extra).T
-        # What a pair takes of the side that it fills first, in positions of the source.
-        sizes = np.maximum(source, -(-target * room.budget // (room.length - room.budget)))
-        if not self.packed:
-            sizes = np.full_like(sizes, room.budget)
-        histogram = np.bincount(sizes, minlength=room.budget + 1)
-        packing = pack(histogram, room.budget, 0)
-        order = np.argsort(sizes, kind="stable")
+        pairs = index_by_size(lambda: self._pairs(split, room), room.budget + 1, columns=4)
+        packing = pack(pairs.histogram, room.budget, 0)
         return PairPlan(
             split=split,
             length=room.length,
             capacity=room.capacity,
             rows_per_epoch=packing.rows,
-            real_tokens_per_epoch=int(lengths.sum() + 2 * extra * len(lengths)),
+            real_tokens_per_epoch=text + 2 * extra * len(pairs),
             max_pieces=2 * packing.lengths.shape[1],
             packing=packing,
-            pair_starts=starts[order],
-            pair_lengths=lengths[order],
-            histogram=histogram,
-            first_of_size=np.cumsum(histogram) - histogram,
+            items=pairs,
         )
 
-    def _pairs(
-        self, split: Split, most: tuple[int, int]
-    ) -> tuple[Int[Numpy, "P 2"], Int[Numpy, "P 2"]]:
-        """Where source and target of each document begin, and how long they are."""
-        offsets = np.asarray(split.sentence_offsets, np.int64)
-        first = np.searchsorted(offsets, split.document_offsets)
-        counts = np.diff(first)
-        wrong = np.flatnonzero(counts != 2)
-        if len(wrong):
+    def _pairs(self, split: Split, room: Room) -> Items:
+        """What each pair takes of a row, where its source and target begin, and their lengths."""
+        most = room.pairs or (0, 0)
+        extra = room.budget - most[0]
+        for _, _, starts, lengths in _documents(split):
+            lengths = np.minimum(lengths, np.array(most))
+            source, target = (lengths + extra).T
+            # Positions of the source: a pair takes of the side that it fills first.
+            sizes = np.maximum(source, -(-target * room.budget // (room.length - room.budget)))
+            if not self.packed:
+                sizes = np.full_like(sizes, room.budget)
+            yield sizes, np.concatenate([starts, lengths], axis=1)
+
+    def _checked(self, split: Split, most: tuple[int, int]) -> int:
+        """The tokens of all pairs, once they are cut."""
+        wrong: list[str] = []
+        others = longer = text = 0
+        longest = np.zeros(2, np.int64)
+        for first, lines, _, lengths in _documents(split):
+            unlike = np.flatnonzero(lines != 2)
+            if len(unlike) and not wrong:
+                wrong.append(f"{first + unlike[0]} (from 0) has {lines[unlike[0]]}")
+                others -= 1
+            others += len(unlike)
+            longer += np.count_nonzero(np.any(lengths > np.array(most), axis=1))
+            longest = np.maximum(longest, lengths.max(axis=0))
+            text += int(np.minimum(lengths, np.array(most)).sum())
+        if wrong:
             raise UserError(
                 f"split {split.name!r} of the dataset is not of pairs: its document {wrong[0]} "
-                f"(from 0) has {counts[wrong[0]]} lines with text, where a source and a target "
-                f"make two, and so have {len(wrong) - 1} others"
+                f"lines with text, where a source and a target make two, and so have {others} "
+                "others"
             )
-        sentence = first[:-1, None] + np.arange(2)
-        starts, lengths = offsets[sentence], offsets[sentence + 1] - offsets[sentence]
-        longer = np.any(lengths > np.array(most), axis=1)
-        if longer.any() and not self.cut:
-            count, (source, target) = np.count_nonzero(longer), lengths.max(axis=0)
+        if longer and not self.cut:
             raise UserError(
-                f"{count} of {len(lengths)} pairs of split {split.name!r} do not "
-                f"fit in phase.length and objective.target_length, with sources of up to {source} "
-                f"and targets of up to {target} tokens where {most[0]} and {most[1]} fit: use "
+                f"{longer} of {split.documents} pairs of split {split.name!r} do not fit in "
+                f"phase.length and objective.target_length, with sources of up to {longest[0]} and "
+                f"targets of up to {longest[1]} tokens where {most[0]} and {most[1]} fit: use "
                 "larger ones, or set data.layout.cut to shorten them"
             )
-        return starts, np.minimum(lengths, np.array(most))
+        return text
+
+
+def _documents(
+    split: Split,
+) -> Iterator[tuple[int, Int[Numpy, " N"], Int[Numpy, "N 2"], Int[Numpy, "N 2"]]]:
+    """Some documents at a time: the number of the first; of each, how many lines it has, where its
+    first two begin, and their lengths."""
+    documents, sentences = split.document_offsets, split.sentence_offsets
+    for first, last in portions(documents, sentences):
+        borders = np.asarray(documents[first : last + 1], np.int64)
+        begin, end = sentences.searchsorted(borders[[0, -1]])
+        offsets = np.asarray(sentences[begin : end + 1], np.int64)
+        opening = offsets.searchsorted(borders)
+        line = np.minimum(opening[:-1, None] + np.arange(3), len(offsets) - 1)
+        yield first, np.diff(opening), offsets[line[:, :2]], np.diff(offsets[line], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,29 +173,24 @@ class PairPlan(RowPlan):
     """Pieces alternate: a source, its target. The epoch says which pairs share a row."""
 
     packing: Packing
-    pair_starts: Int[Numpy, "P 2"]
-    """Where source and target of each pair begin in the stream; pairs are ordered by size."""
-    pair_lengths: Int[Numpy, "P 2"]
-    histogram: Int[Numpy, " C"]
-    first_of_size: Int[Numpy, " C"]
+    items: SizeIndex
+    """Where source and target of each pair begin in the stream, and their lengths."""
 
     @property
     def examples_per_epoch(self) -> int:
         """Pairs."""
-        return len(self.pair_starts)
+        return len(self.items)
 
     def views(
         self, seed: int, epoch: Int[Numpy, " B"], index: Int[Numpy, " B"]
     ) -> tuple[Int[Numpy, "B G"], Int[Numpy, "B G"]]:
         """Two views for each pair; empty slots come last."""
-        sizes, number = self.packing.slots(index)
-        row, slot = np.nonzero(sizes)
-        size = sizes[row, slot]
-        keys = fold(epoch_keys(seed, epoch, Stream.PIECES)[row], size)
-        pair = self.first_of_size[size] + permute(number[row, slot], self.histogram[size], keys)
-        starts, lengths = np.zeros((2, *sizes.shape, 2), np.int64)
-        starts[row, slot], lengths[row, slot] = self.pair_starts[pair], self.pair_lengths[pair]
-        shape = (len(sizes), -1)
+        keys = epoch_keys(seed, epoch, Stream.PIECES)
+        row, slot, _, pair = self.items.drawn(self.packing, index, keys)
+        starts, lengths = np.zeros((2, len(index), self.max_pieces // 2, 2), np.int64)
+        records = self.items.records[pair]
+        starts[row, slot], lengths[row, slot] = records[:, :2], records[:, 2:]
+        shape = (len(index), -1)
         return starts.reshape(shape), lengths.reshape(shape)
 
 

@@ -12,10 +12,12 @@ from typing import ClassVar
 import numpy as np
 
 from flaxpretrain.data.framing import Framing, framed_room
+from flaxpretrain.data.offsets import AT_ONCE, portions
 from flaxpretrain.data.packing import Packing, pack
 from flaxpretrain.data.ragged import ranges
 from flaxpretrain.data.randomness import Stream, fold, permute
 from flaxpretrain.data.room import Room
+from flaxpretrain.data.size_index import Items, SizeIndex, index_by_size
 from flaxpretrain.data.store import Split
 from flaxpretrain.data.views import read_views
 from flaxpretrain.errors import UserError
@@ -107,8 +109,8 @@ class RowPlan(abc.ABC):
         offsets = self.split.sentence_offsets
         row, slot = np.nonzero(piece_lengths)
         begins, sizes = starts[row, slot], piece_lengths[row, slot].astype(np.int64)
-        first = np.searchsorted(offsets, begins)
-        counts = np.searchsorted(offsets, begins + sizes) - first
+        first = offsets.searchsorted(begins)
+        counts = offsets.searchsorted(begins + sizes) - first
         before = np.cumsum(piece_lengths, axis=1, dtype=np.int64) - piece_lengths
         # Where a view's first token would stand in the flat rows if it were the stream's.
         shift = before[row, slot] + row * self.capacity - begins
@@ -122,7 +124,7 @@ class RowPlan(abc.ABC):
         """Which pieces of the rows that `read` gives end with the last token of their document."""
         offsets = self.split.document_offsets
         ends = starts + piece_lengths
-        after = np.minimum(np.searchsorted(offsets, ends), len(offsets) - 1)
+        after = np.minimum(offsets.searchsorted(ends), len(offsets) - 1)
         return (piece_lengths > 0) & (offsets[after] == ends)
 
     def rows(
@@ -313,28 +315,36 @@ def document_plan(split: Split, room: Room, most: int | None = None) -> "Documen
     """
     require_text(split)
     capacity = room.capacity
-    offsets = np.asarray(split.document_offsets, np.int64)
-    whole, rest = np.divmod(np.diff(offsets), capacity)
-    ordinal = np.arange(whole.sum()) - np.repeat(np.cumsum(whole) - whole, whole)
-    whole_starts = np.repeat(offsets[:-1], whole) + ordinal * capacity
-    order = np.argsort(rest.astype(np.int32), kind="stable")
-    order = order[rest[order] > 0]
-    rest_starts = offsets[order] + whole[order] * capacity
-    histogram = np.bincount(rest, minlength=capacity + 1)
-    histogram[0], histogram[capacity] = 0, whole.sum()
-    packing = pack(histogram, room.budget, room.sizes - np.arange(capacity + 1), most=most)
+    pieces = index_by_size(lambda: _pieces(split, capacity), capacity + 1, columns=1)
+    specials = room.sizes - np.arange(capacity + 1)
+    packing = pack(pieces.histogram, room.budget, specials, most=most)
     return DocumentPlan(
         split=split,
         length=room.length,
         capacity=capacity,
         rows_per_epoch=packing.rows,
-        real_tokens_per_epoch=int(histogram @ room.tokens),
+        real_tokens_per_epoch=int(pieces.histogram @ room.tokens),
         max_pieces=packing.lengths.shape[1],
         packing=packing,
-        piece_starts=np.concatenate([rest_starts, whole_starts]),
-        histogram=histogram,
-        first_of_length=np.cumsum(histogram) - histogram,
+        items=pieces,
     )
+
+
+def _pieces(split: Split, capacity: int) -> Items:
+    """The length of each piece of a document, and where it begins in the stream."""
+    for first, last in portions(split.document_offsets):
+        offsets = np.asarray(split.document_offsets[first : last + 1], np.int64)
+        whole, rest = np.divmod(np.diff(offsets), capacity)
+        some = np.flatnonzero(rest)
+        yield rest[some], (offsets[some] + whole[some] * capacity)[:, None]
+        # A single document may have any number of them.
+        ends = np.cumsum(whole)
+        for begin in range(0, int(ends[-1]), AT_ONCE):
+            piece = np.arange(begin, min(begin + AT_ONCE, int(ends[-1])))
+            document = ends.searchsorted(piece, side="right")
+            ordinal = piece - (ends - whole)[document]
+            starts = offsets[document] + ordinal * capacity
+            yield np.full(len(piece), capacity), starts[:, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -342,29 +352,22 @@ class DocumentPlan(RowPlan):
     """The slots of a row are fixed by the packing; the epoch says which pieces take them."""
 
     packing: Packing
-    piece_starts: Int[Numpy, " P"]
-    """Where the pieces begin in the stream, ordered by length."""
-    histogram: Int[Numpy, " C"]
-    """Number of pieces of each length."""
-    first_of_length: Int[Numpy, " C"]
-    """Where the pieces of each length begin in `piece_starts`."""
+    items: SizeIndex
+    """Where the pieces begin in the stream."""
 
     @property
     def examples_per_epoch(self) -> int:
         """Pieces of documents."""
-        return len(self.piece_starts)
+        return len(self.items)
 
     def views(
         self, seed: int, epoch: Int[Numpy, " B"], index: Int[Numpy, " B"]
     ) -> tuple[Int[Numpy, "B G"], Int[Numpy, "B G"]]:
         """Up to G views a row; empty slots come last."""
-        lengths, number = self.packing.slots(index)
-        row, slot = np.nonzero(lengths)
-        size = lengths[row, slot]
-        keys = fold(epoch_keys(seed, epoch, Stream.PIECES)[row], size)
-        piece = permute(number[row, slot], self.histogram[size], keys)
-        starts = np.zeros_like(lengths)
-        starts[row, slot] = self.piece_starts[self.first_of_length[size] + piece]
+        keys = epoch_keys(seed, epoch, Stream.PIECES)
+        row, slot, size, piece = self.items.drawn(self.packing, index, keys)
+        starts, lengths = np.zeros((2, len(index), self.max_pieces), np.int64)
+        starts[row, slot], lengths[row, slot] = self.items.records[piece, 0], size
         return starts, lengths
 
 

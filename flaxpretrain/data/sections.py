@@ -61,7 +61,7 @@ class Section(Split):
         """Where each sentence begins, and the end of the last; a document begins a sentence."""
         offsets = self._whole.sentence_offsets
         ends = [self.first_token, self.first_token + self.tokens]
-        begin, end = np.searchsorted(offsets, ends)
+        begin, end = offsets.searchsorted(np.array(ends))
         return np.asarray(offsets[begin : end + 1], np.int64) - self.first_token
 
 
@@ -93,8 +93,8 @@ class SectionReader:
         size = max(window_tokens // SECTIONS_PER_WINDOW, 1)
         # A rest of less than half a section goes to the one before.
         marks = np.arange(0, max(split.tokens - size // 2, 1), size)
-        offsets = split.document_offsets
-        borders = np.unique([*np.searchsorted(offsets[:-1], marks), split.documents]).tolist()
+        begins = split.document_offsets.searchsorted(marks)
+        borders = np.unique([*begins, split.documents]).tolist()
         self.sections = tuple(
             Section(self, number, first, last)
             for number, (first, last) in enumerate(itertools.pairwise(borders))

@@ -8,15 +8,16 @@ Reference: ExampleBuilder of build_pretraining_dataset.py, google-research/elect
 """
 
 import dataclasses
-import itertools
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from flaxpretrain.data.framing import ArraySpec, Framing, text_capacity, token_ids
+from flaxpretrain.data.offsets import portions
 from flaxpretrain.data.randomness import Keys, Stream, fold, integers, uniform
 from flaxpretrain.data.room import Room
 from flaxpretrain.data.rows import Layout, RowPlan, require_text
+from flaxpretrain.data.scratch import ArrayWriter
 from flaxpretrain.data.store import Dataset, Split
 from flaxpretrain.data.views import read_views
 from flaxpretrain.errors import UserError
@@ -27,7 +28,6 @@ SHORTEST = 5
 
 SINGLE_SHARE, SHORT_SHARE, OVERFLOW_SHARE = 0.1, 0.05, 0.5
 _SINGLE_TARGET = 100_000
-_SENTENCES_AT_ONCE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,27 +57,33 @@ class ElectraSegments(Layout):
             )
         if length < SHORTEST:
             raise UserError(f"length {length} is too small for ElectraSegments: use 5 or more")
-        views = _Views.joined(
-            [
-                _views(split, length, self.seed, first, last)
-                for first, last in _portions(split.document_offsets, split.sentence_offsets)
-            ]
-        )
-        second = views.counts[1::2] > 0
-        kept, rows = int(views.lengths.sum()), len(second)
+        borders, starts, lengths = (ArrayWriter() for _ in range(3))
+        borders.append(np.zeros(1, np.int64))
+        views = rows = rows_of_two = kept = 0
+        most = np.zeros(2, np.int64)
+        for first, last in portions(split.document_offsets, split.sentence_offsets):
+            found = _views(split, length, self.seed, first, last)
+            borders.append(views + np.cumsum(found.counts))
+            starts.append(found.starts)
+            lengths.append(found.lengths)
+            counts = found.counts.reshape(-1, 2)
+            most = np.maximum(most, counts.max(axis=0, initial=0))
+            views, rows = views + len(found.starts), rows + len(counts)
+            rows_of_two += int(np.count_nonzero(counts[:, 1]))
+            kept += int(found.lengths.sum())
         return SegmentPlan(
             split=split,
             length=length,
             capacity=text_capacity(length, specials_per_piece),
             rows_per_epoch=rows,
-            real_tokens_per_epoch=kept + specials_per_piece * rows + int(second.sum()),
+            real_tokens_per_epoch=kept + specials_per_piece * rows + rows_of_two,
             max_pieces=1,
-            group_ends=np.cumsum(views.counts),
-            view_starts=views.starts,
-            view_lengths=views.lengths,
-            most=(int(views.counts[0::2].max()), int(views.counts[1::2].max())),
+            group_borders=borders.array(),
+            view_starts=starts.array(),
+            view_lengths=lengths.array(),
+            most=(int(most[0]), int(most[1])),
             tokens_lost=split.tokens - kept,
-            rows_of_two=int(second.sum()),
+            rows_of_two=rows_of_two,
         )
 
     def framing(self, framing: Framing) -> Framing:
@@ -95,8 +101,8 @@ def recorded_layout(dataset: Dataset) -> ElectraSegments | None:
 class SegmentPlan(RowPlan):
     """The views of each example's segments: group 2i is the first of row i, 2i + 1 the second."""
 
-    group_ends: Int[Numpy, " S"]
-    """Number of the view after the last one of each group."""
+    group_borders: Int[Numpy, " S"]
+    """Number of the first view of each group, and of the view after the last."""
     view_starts: Int[Numpy, " P"]
     view_lengths: Int[Numpy, " P"]
     most: tuple[int, int]
@@ -108,12 +114,12 @@ class SegmentPlan(RowPlan):
         self, seed: int, epoch: Int[Numpy, " B"], index: Int[Numpy, " B"]
     ) -> tuple[Int[Numpy, "B G"], Int[Numpy, "B G"]]:
         """The views of the first segments, then those of the second ones."""
-        ends = np.concatenate([[0], self.group_ends])
+        borders = self.group_borders
         parts = []
         for segment, most in enumerate(self.most):
             group = 2 * index + segment
-            view = ends[group][:, None] + np.arange(most)
-            is_view = view < ends[group + 1][:, None]
+            view = borders[group][:, None] + np.arange(most)
+            is_view = view < borders[group + 1][:, None]
             view = np.where(is_view, view, 0)
             parts.append((self.view_starts[view] * is_view, self.view_lengths[view] * is_view))
         starts, lengths = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
@@ -198,10 +204,6 @@ class _Views(NamedTuple):
     starts: np.ndarray
     lengths: np.ndarray
 
-    @classmethod
-    def joined(cls, parts: list["_Views"]) -> "_Views":
-        return cls(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
 
 class _Examples(NamedTuple):
     """Sentences [begins, ends) of each example, in order, and what was drawn for it."""
@@ -212,19 +214,10 @@ class _Examples(NamedTuple):
     coins: np.ndarray
 
 
-def _portions(documents: np.ndarray, sentences: np.ndarray) -> list[tuple[int, int]]:
-    """Consecutive ranges of documents, of about a million sentences each, to bound memory."""
-    first_sentence = np.searchsorted(sentences, documents)
-    wanted = np.arange(0, len(sentences), _SENTENCES_AT_ONCE)
-    last = len(documents) - 1
-    borders = np.unique(np.minimum([*np.searchsorted(first_sentence, wanted), last], last)).tolist()
-    return list(itertools.pairwise(borders))
-
-
 def _views(split: Split, length: int, seed: int, first: int, last: int) -> _Views:
     """The segments of the examples of documents `first` to `last` - 1."""
     documents = np.asarray(split.document_offsets[first : last + 1], np.int64)
-    begin, end = np.searchsorted(split.sentence_offsets, documents[[0, -1]])
+    begin, end = split.sentence_offsets.searchsorted(documents[[0, -1]])
     offsets = np.asarray(split.sentence_offsets[begin : end + 1], np.int64)
     examples = _cut(offsets, documents, first, length, seed)
     is_first = _deal(offsets, examples)

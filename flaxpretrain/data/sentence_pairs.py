@@ -19,6 +19,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from flaxpretrain.data.framing import ArraySpec, Framing, token_ids
+from flaxpretrain.data.offsets import portions
 from flaxpretrain.data.packing import Packing, pack
 from flaxpretrain.data.randomness import (
     Keys,
@@ -33,6 +34,7 @@ from flaxpretrain.data.randomness import (
 )
 from flaxpretrain.data.room import Room
 from flaxpretrain.data.rows import Layout, RowPlan, epoch_keys, require_text
+from flaxpretrain.data.size_index import Items, SizeIndex, index_by_size
 from flaxpretrain.data.store import Split
 from flaxpretrain.data.views import read_views
 from flaxpretrain.errors import UserError
@@ -98,26 +100,28 @@ class SentencePairs(Layout):
                 "another: build the dataset from more documents, or use "
                 'SentencePairs(negatives="swapped", lone="alone")'
             )
-        texts = _cut(split, room.capacity, self.short_share, self.seed, self.lone)
-        histogram = np.bincount(texts.size, minlength=room.capacity + 1)
+        texts = index_by_size(lambda: self._texts(split, room), room.capacity + 1, columns=3)
         specials = room.sizes - np.arange(len(room.sizes))
-        packing = pack(histogram, room.budget, specials, most=self.most)
-        order = np.argsort(texts.size, kind="stable")
+        packing = pack(texts.histogram, room.budget, specials, most=self.most)
         plan = PairPlan(
             split=split,
             length=room.length,
             # Text and the [SEP] between A and B, framed by two more special tokens.
             capacity=room.capacity + 1,
             rows_per_epoch=packing.rows,
-            real_tokens_per_epoch=int(room.tokens[texts.size].sum()),
+            real_tokens_per_epoch=int(texts.histogram @ room.tokens),
             max_pieces=2 * self.most,
             layout=self,
             packing=packing,
-            texts=_Texts(*(array[order] for array in texts)),
-            histogram=histogram,
-            first_of_size=np.cumsum(histogram) - histogram,
+            items=texts,
         )
         return dataclasses.replace(plan, real_tokens_per_epoch=plan.estimated_tokens())
+
+    def _texts(self, split: Split, room: Room) -> Items:
+        """How many tokens the pairs of each text may have; its sentences [begin, end), document."""
+        for first, last in portions(split.document_offsets, split.sentence_offsets):
+            texts = _cut(split, (first, last), self, room.capacity)
+            yield texts.size, np.stack([texts.begin, texts.end, texts.document], axis=1)
 
     def framing(self, framing: Framing) -> Framing:
         """Puts a [SEP] between A and B, and adds types and labels to the batch."""
@@ -135,16 +139,18 @@ class _Texts(NamedTuple):
     size: Int[Numpy, " P"]
 
 
-def _cut(split: Split, capacity: int, short_share: float, seed: int, lone: str) -> _Texts:
+def _cut(split: Split, documents: tuple[int, int], layout: SentencePairs, capacity: int) -> _Texts:
     """Cuts documents after the sentence that brings a text to its document's target length.
 
     All documents side by side: the n-th text of each in one round.
     """
-    offsets = np.asarray(split.sentence_offsets, np.int64)
-    sentence = np.searchsorted(offsets, np.asarray(split.document_offsets, np.int64))
-    number = np.arange(split.documents)
-    keys = fold(np.full(len(number), seed & ((1 << 64) - 1), np.uint64), number)
-    short = uniform(keys, Stream.SEGMENTS, 1)[:, 0] < short_share
+    borders = np.asarray(split.document_offsets[documents[0] : documents[1] + 1], np.int64)
+    before, stop = split.sentence_offsets.searchsorted(borders[[0, -1]])
+    offsets = np.asarray(split.sentence_offsets[before : stop + 1], np.int64)
+    sentence = offsets.searchsorted(borders)
+    number = np.arange(*documents)
+    keys = fold(np.full(len(number), layout.seed & ((1 << 64) - 1), np.uint64), number)
+    short = uniform(keys, Stream.SEGMENTS, 1)[:, 0] < layout.short_share
     drawn = _SHORTEST + integers(keys, Stream.SEGMENT_LENGTH, 1, capacity - _SHORTEST + 1)[:, 0]
     target = np.where(short, drawn, capacity)
     begin, last = sentence[:-1], sentence[1:]
@@ -152,11 +158,11 @@ def _cut(split: Split, capacity: int, short_share: float, seed: int, lone: str) 
     while len(number):
         end = np.minimum(np.searchsorted(offsets, offsets[begin] + target), last)
         size = np.minimum(offsets[end] - offsets[begin], capacity)
-        if lone == "random":
+        if layout.lone == "random":
             # Room for a text beside the single sentence.
             beside = np.where(offsets[end] - offsets[begin] < target, target, capacity)
             size = np.where(end - begin == 1, beside, size)
-        found.append(_Texts(begin, end, number, size))
+        found.append(_Texts(begin + before, end + before, number, size))
         left = end < last
         begin, last, number, target = end[left], last[left], number[left], target[left]
     texts = _Texts(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
@@ -173,24 +179,18 @@ class PairPlan(RowPlan):
 
     layout: SentencePairs
     packing: Packing
-    texts: _Texts
-    """Ordered by size."""
-    histogram: Int[Numpy, " C"]
-    """Number of texts of each size."""
-    first_of_size: Int[Numpy, " C"]
+    items: SizeIndex
+    """Sentences [begin, end) of each text, and its document."""
 
     def views(
         self, seed: int, epoch: Int[Numpy, " B"], index: Int[Numpy, " B"]
     ) -> tuple[Int[Numpy, "B G"], Int[Numpy, "B G"]]:
         """A and B of each pair of a row; empty slots come last."""
-        sizes, number = self.packing.slots(index)
-        row, slot = np.nonzero(sizes)
-        size = sizes[row, slot]
-        keys = epoch_keys(seed, epoch, Stream.PIECES)[row]
-        text = self.first_of_size[size] + permute(
-            number[row, slot], self.histogram[size], fold(keys, size)
-        )
-        first, second = self._divided(text, fold(epoch_keys(seed, epoch, Stream.PAIRS)[row], text))
+        keys = epoch_keys(seed, epoch, Stream.PIECES)
+        row, slot, size, text = self.items.drawn(self.packing, index, keys)
+        keys = fold(epoch_keys(seed, epoch, Stream.PAIRS)[row], text)
+        opening, after, document = self.items.records[text].T
+        first, second = self._divided(_Texts(opening, after, document, size), keys)
         starts, lengths = np.zeros((2, len(index), self.max_pieces), np.int64)
         for place, (begin, end) in enumerate((first, second)):
             starts[row, 2 * slot + place] = begin
@@ -223,7 +223,7 @@ class PairPlan(RowPlan):
         for name, flat in found.items():
             rows[name] = np.zeros(inside.shape, flat.dtype)
             rows[name][inside] = flat
-        documents = np.searchsorted(self.split.document_offsets, starts, side="right")
+        documents = self.split.document_offsets.searchsorted(starts, side="right")
         follows = (documents[:, 0::2] == documents[:, 1::2]) & (starts[:, 0::2] < starts[:, 1::2])
         return rows | {
             "piece_lengths": pieces.astype(np.int32),
@@ -240,10 +240,10 @@ class PairPlan(RowPlan):
         specials = 2 * np.count_nonzero(lengths[:, 0::2]) + np.count_nonzero(lengths[:, 1::2])
         return round((int(lengths.sum()) + specials) * self.rows_per_epoch / count)
 
-    def _divided(self, text: Int[Numpy, " N"], keys: Keys) -> tuple["_Span", "_Span"]:
+    def _divided(self, texts: _Texts, keys: Keys) -> tuple["_Span", "_Span"]:
         """A and B of texts, in tokens of the stream."""
-        offsets = np.asarray(self.split.sentence_offsets, np.int64)
-        begin, end, document, size = (array[text] for array in self.texts)
+        offsets = self.split.sentence_offsets
+        begin, end, document, size = texts
         draws = words(keys, Stream.PAIRS, 4)
         sentences = end - begin
         border = begin + np.where(sentences > 1, 1 + scaled(draws[:, 0], sentences - 1), 1)
@@ -266,14 +266,13 @@ class PairPlan(RowPlan):
         self, document: Int[Numpy, " N"], wanted: Int[Numpy, " N"], draws: np.ndarray
     ) -> "_Span":
         """Sentences of another document, from a random one on until there are enough tokens."""
-        offsets = np.asarray(self.split.sentence_offsets, np.int64)
+        offsets = self.split.sentence_offsets
         other = scaled(draws[:, 0], self.split.documents - 1)
         other += other >= document
-        first, last = np.searchsorted(
-            offsets, np.asarray(self.split.document_offsets, np.int64)[[other, other + 1]]
-        )
+        borders = self.split.document_offsets[np.stack([other, other + 1])]
+        first, last = offsets.searchsorted(borders)
         sentence = first + scaled(draws[:, 1], last - first)
-        end = np.searchsorted(offsets, offsets[sentence] + np.maximum(wanted, 1))
+        end = offsets.searchsorted(offsets[sentence] + np.maximum(wanted, 1))
         return _Span(offsets[sentence], offsets[np.minimum(end, last)])
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from flaxpretrain.data.files import Files, FlatArray, files_of
+from flaxpretrain.data.offsets import Offsets, ShardedOffsets
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 from flaxpretrain.locations import Location, is_remote
@@ -106,12 +107,12 @@ class Split:
         self.shards = tuple(_shards(files, entry["shards"], dtype))
 
     @functools.cached_property
-    def document_offsets(self) -> Int[Numpy, " D"]:
+    def document_offsets(self) -> Offsets:
         """Where each document begins, and the end of the last; int64."""
         return self._offsets("documents")
 
     @functools.cached_property
-    def sentence_offsets(self) -> Int[Numpy, " S"]:
+    def sentence_offsets(self) -> Offsets:
         """Where each sentence begins, and the end of the last; a document begins a sentence."""
         return self._offsets("sentences")
 
@@ -149,11 +150,11 @@ class Split:
         ids[inside], word_starts[inside] = found, opens
         return ids, word_starts
 
-    def _offsets(self, part: str) -> np.ndarray:
-        if len(self.shards) == 1:
-            return getattr(self.shards[0], part)
-        local = [getattr(shard, part)[:-1] + shard.start for shard in self.shards]
-        return np.concatenate([*local, [self.tokens]]).astype(np.int64)
+    def _offsets(self, part: str) -> Offsets:
+        local = [getattr(shard, part) for shard in self.shards] or [np.zeros(1, np.int64)]
+        if len(local) == 1:
+            return local[0]
+        return ShardedOffsets(local, [shard.start for shard in self.shards])
 
 
 class Dataset:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from flaxpretrain.data.document import told
+from flaxpretrain.data.offsets import portions
 from flaxpretrain.data.rows import Blocks, Documents
 from flaxpretrain.data.segments import SegmentPlan, recorded_layout
 from flaxpretrain.data.sentence_pairs import PairedFraming, SentencePairs
@@ -89,8 +90,11 @@ def padding(dataset: Dataset, length: int) -> list[str]:
             f"{plan.rows_of_two / plan.rows_per_epoch:.1%} of two segments; in a recipe: "
             f"Data(layout={compatible})"
         )
-    documents = np.diff(split.document_offsets)
-    rows = int((-(-documents // (length - specials))).sum())
+    offsets = split.document_offsets
+    rows = sum(
+        int((-(-np.diff(offsets[first : last + 1]) // (length - specials))).sum())
+        for first, last in portions(offsets)
+    )
     alone = 1 - (split.tokens + specials * rows) / (rows * length)
     lines.append(f"documents alone, for comparison: {rows:,} rows, {alone:.2%} padding")
     return [f"rows of {length}, {line}" for line in lines]

@@ -97,7 +97,7 @@ def test_documents_keep_their_order_and_sentences_their_borders(reference, token
     positions = [DOCUMENTS.index(d) for d in order]
     assert positions == sorted(positions)
     lengths = np.concatenate([tokenizer.encode_sentences(d)[1] for d in order])
-    assert train.sentence_offsets.tolist() == [0, *np.cumsum(lengths)]
+    assert train.sentence_offsets[:].tolist() == [0, *np.cumsum(lengths)]
     opens = tokenizer.word_starts[stream[0]]
     opens[train.sentence_offsets[:-1]] = True
     np.testing.assert_array_equal(word_starts[0], opens)

@@ -37,7 +37,7 @@ def test_rows_are_those_of_the_plain_algorithm(tmp_path, monkeypatch, separate, 
     split = split_of(tmp_path, documents)
     wanted = plainly(documents, capacity, separate)
     for at_once in (1 << 20, 7):
-        monkeypatch.setattr(full_sentences, "_BORDERS_AT_ONCE", at_once)
+        monkeypatch.setattr(full_sentences, "AT_ONCE", at_once)
         plan = FullSentences(separate).plan(split, capacity + 2, 2)
         assert plan.rows_per_epoch == len(wanted)
         index = np.arange(plan.rows_per_epoch)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flaxpretrain.config import Phase
-from flaxpretrain.data import segments, tokenizers
+from flaxpretrain.data import offsets, tokenizers
 from flaxpretrain.data.building import BuildSettings, build
 from flaxpretrain.data.framing import MaskedFraming
 from flaxpretrain.data.masking import BernoulliMasking, TokenMasking
@@ -130,7 +130,7 @@ def test_portions_of_a_large_corpus_make_no_difference(tmp_path, monkeypatch):
     split = make_split(tmp_path, documents)
     whole = pairs_of(ElectraSegments().plan(split, 32, 2))
     for size in (1, 7, 100):
-        monkeypatch.setattr(segments, "_SENTENCES_AT_ONCE", size)
+        monkeypatch.setattr(offsets, "AT_ONCE", size)
         assert pairs_of(ElectraSegments().plan(split, 32, 2)) == whole
 
 
