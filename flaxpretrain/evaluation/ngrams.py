@@ -90,8 +90,10 @@ def fit(split: Split, vocabulary: Vocabulary, max_tokens: int = _MOST_TOKENS) ->
         raise UserError(f"split {split.name!r} has {len(ids)} tokens: too few to count")
     border = int(len(ids) * (1 - _HELD_OUT))
     counted = _count(ids[:border], starts[:border], vocabulary, 0.5)
-    left, right, inside = ids[border:-1], ids[border + 1 :], ~starts[border + 1 :]
-    left, right = left[inside], right[inside]
+    left, right = ids[border:-1], ids[border + 1 :]
+    # Unknown tokens are special: they are never masked, and have no chance.
+    scored = ~starts[border + 1 :] & is_text(vocabulary)[right]
+    left, right = left[scored], right[scored]
     known = np.ones(len(left), bool)
     nats = [counted.bigram_nats(left, right, known, d).sum() for d in _DISCOUNTS]
     return _count(ids, starts, vocabulary, float(_DISCOUNTS[int(np.argmin(nats))]))
@@ -103,7 +105,7 @@ def _read(split: Split, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
     starts = np.zeros(len(ids), bool)
     offsets = split.document_offsets
-    starts[offsets[offsets < len(ids)]] = True
+    starts[offsets[: int(offsets.searchsorted(np.array(len(ids))))]] = True
     return ids, starts
 
 

@@ -85,6 +85,13 @@ def test_the_discount_follows_what_held_out_text_shows(tmp_path):
     assert ngrams.fit(random, VOCABULARY).discount > 0.9
 
 
+def test_unknown_tokens_do_not_decide_the_discount(tmp_path):
+    """They are never masked and have no chance, so held-out text with some would cost infinity."""
+    ids = np.random.default_rng(0).integers(5, 300, 900)
+    ids[::7] = VOCABULARY.unk
+    assert ngrams.fit(split_of(tmp_path / "d", ids.tolist()), VOCABULARY).discount > 0.9
+
+
 def test_a_part_of_a_large_split_is_enough(data):
     few = ngrams.fit(data.split("train"), data.vocabulary, max_tokens=500)
     assert few.pair_counts.sum() < 500
