@@ -60,6 +60,44 @@ def peak_of(device_kind: str) -> Peak | None:
     return None
 
 
+_BETWEEN_STEPS: Mapping[str, bool] = {
+    "xla_tpu_enable_data_parallel_all_reduce_opt": True,
+    "xla_tpu_data_parallel_opt_different_sized_ops": True,
+}
+"""Sums of gradients over `data` go beside other computation, from slice to slice above all."""
+
+_FUSED_GATHERS: Mapping[str, bool] = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
+"""Gathers of parameters (fsdp) are fused with the products beside them."""
+
+OVERLAP: tuple[tuple[str, Mapping[str, bool]], ...] = (
+    # AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py: DATA_PARALLEL_OVERLAP and
+    # CF_FOR_ALL_GATHER; libtpu refuses the second group on all generations but v5e.
+    (r"TPU v5 ?lite|TPU v5e", {**_BETWEEN_STEPS, **_FUSED_GATHERS}),
+    (r"TPU v[4-9]|TPU ?7x", _BETWEEN_STEPS),
+    # docs.jax.dev/en/latest/gpu_performance_tips.html; NVIDIA's images of JAX set it too.
+    (r"NVIDIA|Tesla|GeForce", {"xla_gpu_enable_latency_hiding_scheduler": True}),
+)
+"""Compiler options by which steps on several devices compute while they exchange."""
+
+
+FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Of the environment: an option that is named there is the user's."""
+
+
+def overlap_options(device_kind: str) -> dict[str, bool]:
+    """The compiler options for several devices of a kind; none for CPUs."""
+    for pattern, options in OVERLAP:
+        if re.search(pattern, device_kind):
+            return dict(options)
+    return {}
+
+
 _RULED = re.compile(
     r"mesh\.\w+|precision\.\w+|remat|attention|scan_layers|(phases\.\d+\.)?microbatches"
 )

@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
+
+from flaxpretrain.hardware import FLAG_VARIABLES
 
 GOOD, WARNING, WRONG = "good", "warning", "wrong"
 
@@ -35,11 +38,16 @@ import json
 from flaxpretrain import program
 program.avoid_known_faults(); program.quiet_absent_tpu()
 import jax, jax.numpy as jnp, numpy as np
+from flaxpretrain.hardware import overlap_options
+from flaxpretrain.training.compiler_options import accepted
 x = np.arange(64 * 64, dtype=np.float32).reshape(64, 64) / 4096
 apart = float(np.abs(np.asarray(jnp.dot(x, x, precision="highest")) - x @ x).max())
 devices = jax.devices()
+options = overlap_options(devices[0].device_kind)
+known = accepted(options, jax.local_devices()[0])
 print(json.dumps({"platform": devices[0].platform, "kind": devices[0].device_kind,
-                  "count": len(devices), "apart": apart}))
+                  "count": len(devices), "apart": apart, "known": list(known),
+                  "unknown": [name for name in options if name not in known]}))
 """
 """Runs apart: a driver that hangs or crashes takes only this process with it."""
 
@@ -166,7 +174,25 @@ def devices(
         if vendor in present and answer["platform"] == "cpu":
             seen = f"{seen}, though the machine has a {name}"
             return [*findings, Finding("devices", WRONG, seen, f'pip install ".[{extra}]"')]
-    return [*findings, Finding("devices", GOOD, seen)]
+    return [*findings, Finding("devices", GOOD, seen), *compiling(answer)]
+
+
+def compiling(answer: Mapping[str, Any]) -> list[Finding]:
+    """The options that steps on several devices are compiled with."""
+    findings = []
+    if known := answer.get("known"):
+        findings.append(Finding("several devices", GOOD, f"steps with {', '.join(known)}"))
+    if unknown := answer.get("unknown"):
+        seen = f"the compiler does not know {', '.join(unknown)}"
+        remedy = "steps are compiled without; another release of jax and its plugin may know them"
+        findings.append(Finding("several devices", WARNING, seen, remedy))
+    return findings
+
+
+def flags(environment: Mapping[str, str] = os.environ) -> list[Finding]:
+    """What the environment tells the compilers; it goes before options of ours."""
+    told = {name: environment.get(name, "") for name in FLAG_VARIABLES}
+    return [Finding(name, GOOD, text) for name, text in told.items() if text]
 
 
 def disk(folder: Path, needed: float = LITTLE_DISK) -> list[Finding]:
@@ -219,6 +245,7 @@ def examine(folder: Path, seconds: float = 180.0) -> list[Finding]:
         *versions(),
         *packages(),
         *devices(seconds=seconds),
+        *flags(),
         *disk(folder),
         *memory(),
         *limits(),

@@ -22,6 +22,7 @@ from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.hardware import peak_of
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, framing_of, random_batch
+from flaxpretrain.training.compiler_options import compiler_options
 
 FORMULA = (
     "MFU = formula FLOPs of a step / (step seconds * devices * peak FLOP/s); the formula counts "
@@ -118,7 +119,8 @@ class Bench:
         self._resident = sharding.to_device(synthetic, assembly.mesh, phase.batch_size)
         self.tokens = real_tokens(synthetic)
         started = time.perf_counter()
-        self._step = assembly.train_step(phase).lower(assembly.state, spec).compile()
+        options = compiler_options(assembly.mesh)
+        self._step = assembly.train_step(phase, options).lower(assembly.state, spec).compile()
         self.compile_seconds = time.perf_counter() - started
         self._state = assembly.initial_state()
 

@@ -63,8 +63,10 @@ class Assembly:
         make = functools.partial(_initial_state, self.run, self.model, self.optimizer)
         return jax.jit(make, out_shardings=shardings)()
 
-    def train_step(self, phase: Phase) -> Callable[[TrainState, PyTree], tuple[TrainState, Any]]:
-        """The jitted train step of a phase; the state is donated."""
+    def train_step(
+        self, phase: Phase, options: Mapping[str, bool] | None = None
+    ) -> Callable[[TrainState, PyTree], tuple[TrainState, Any]]:
+        """The jitted train step of a phase, with options for its compiler; the state is donated."""
         check_divisible(phase.batch_size, phase.microbatches, self.mesh)
         check_remat(self.run)
         step = make_train_step(
@@ -83,6 +85,7 @@ class Assembly:
             step,
             donate_argnums=0,
             out_shardings=(shardings, NamedSharding(self.mesh, P())),
+            compiler_options=dict(options) if options else None,
         )
 
     def eval_step(self, objective: Any = None) -> Callable[[PyTree, PyTree], Any]:

@@ -21,6 +21,7 @@ from flaxpretrain.locations import Location
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble
 from flaxpretrain.training.checkpoints import Checkpoints
+from flaxpretrain.training.compiler_options import compiler_options
 from flaxpretrain.training.distributed import meet
 from flaxpretrain.training.evaluate import due_evaluations
 from flaxpretrain.training.goodput import (
@@ -241,7 +242,8 @@ class _Training:
     def _run_phase(self, phase: Phase, last: int, preemption: Preemption) -> bool:
         """Runs the steps of a phase that are left; True when asked to stop."""
         session = self._session
-        step_function = _StepFunction(session.assembly.train_step(phase))
+        options = compiler_options(session.assembly.mesh)
+        step_function = _StepFunction(session.assembly.train_step(phase, options))
         flops: dict[Phase, float] = {}
         while session.step < last:
             with contextlib.suppress(_Rewound):

@@ -72,6 +72,20 @@ def test_the_process_that_holds_a_device_is_named(tmp_path):
     assert tpu.verdict == WRONG and "process 7, 9" in tpu.seen and devices.verdict == GOOD
 
 
+def test_compiler_options_are_shown_and_those_that_are_not_known():
+    answer = {"platform": "tpu", "kind": "TPU v4", "count": 4, "apart": 0.0}
+    answer |= {"known": ["xla_one", "xla_two"], "unknown": ["xla_old"]}
+    probe = f"print({json.dumps(json.dumps(answer))})"
+    _, known, unknown = doctor.devices(present=set(), probe=probe)
+    assert (known.verdict, known.seen) == (GOOD, "steps with xla_one, xla_two")
+    assert unknown.verdict == WARNING and "does not know xla_old" in unknown.seen
+
+
+def test_the_environment_s_flags_are_shown():
+    found = only(doctor.flags({"LIBTPU_INIT_ARGS": "--xla_one=false", "XLA_FLAGS": ""}))
+    assert (found.what, found.seen) == ("LIBTPU_INIT_ARGS", "--xla_one=false")
+
+
 def test_little_disk_and_a_folder_that_cannot_be_written(tmp_path):
     assert only(doctor.disk(tmp_path / "not" / "yet", needed=1)).verdict == GOOD
     assert only(doctor.disk(tmp_path, needed=1e18)).verdict == WARNING
