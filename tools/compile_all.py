@@ -3,9 +3,10 @@
     python tools/compile_all.py
 
 Needs the libtpu package, no TPU; one to three minutes a phase on two cores. One recipe of each
-family is compiled for a slice of every generation of TPUs. Recipes whose code has
-not changed since their entry was written are left alone, and where the changed code still gives the
-compiler the same program (some seconds), the entry is kept; --all compiles all again. The record is
+family is compiled for a slice of every generation of TPUs. Recipes whose code has not changed since
+their entry was written are left alone, and where the changed code still gives the compiler the same
+program (some seconds), the entry is kept; --all compiles all again. What is compiled for tpu7x can
+be read, and so estimated, from jaxlib 0.12 on; each entry tells its versions. The record is
 benchmarks/results/tpu_compile.json; a test fails when an entry is out of date.
 """
 
@@ -126,7 +127,7 @@ def table(record: dict) -> Table:
         table.add_column(name, justify="right")
     for name, values in record.items():
         for phase in values["phases"]:
-            fits = phase["fits"]
+            fits, estimated = phase["fits"], phase["cycles"] is not None
             bytes_by_kind = phase["collective_bytes"] or {}
             table.add_row(
                 name,
@@ -135,9 +136,9 @@ def table(record: dict) -> Table:
                 "yes" if fits else "NO",
                 f"{phase['temporary_bytes'] / 2**30:.2f}" if fits else phase["verdict"],
                 f"{bytes_by_kind.get('all-reduce', 0) / 1e6:,.0f}",
-                f"{phase['estimated_step_seconds'] * 1e3:,.1f}" if fits else "",
-                f"{phase['estimated_tokens_per_second_per_chip']:,.0f}" if fits else "",
-                f"{phase['estimated_mfu']:.1%}" if fits else "",
+                f"{phase['estimated_step_seconds'] * 1e3:,.1f}" if estimated else "",
+                f"{phase['estimated_tokens_per_second_per_chip']:,.0f}" if estimated else "",
+                f"{phase['estimated_mfu']:.1%}" if estimated else "",
             )
     return table
 

@@ -244,6 +244,9 @@ def table(report: Report) -> Table:
         f"arguments {_gib(report.argument_bytes)}, temporaries {_gib(report.temporary_bytes)}, "
         f"outputs {_gib(report.output_bytes)} of which {_gib(report.aliased_bytes)} in place",
     )
+    if report.cycles is None:  # a program that this jaxlib cannot read
+        out.add_row("ESTIMATE", "; ".join(report.notes))
+        return out
     compiled, formula = report.compiled_flops or 0.0, report.formula_flops
     out.add_row(
         "FLOPs a step",

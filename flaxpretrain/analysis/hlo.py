@@ -19,7 +19,9 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _KERNEL_COST = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')
-_CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations)=(\{[^}]*\}|%[^\s,]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%[^\s,]+)"
+)
 
 COLLECTIVES = (
     "all-reduce",
@@ -48,6 +50,9 @@ _FREE = {
     "iota",
 }
 """Instructions that move no bytes themselves."""
+
+_OFFLOADED = "custom-call-start"
+"""Starts what a SparseCore does beside the matrix units, such as the reduction of gradients."""
 
 _UPDATE = "dynamic-update-slice"
 
@@ -162,7 +167,7 @@ def parse(text: str) -> Program:
             name, lines = header.group(1), []
             if line.startswith("ENTRY"):
                 entry = name
-        elif line == "}" and name:
+        elif re.match(r"\}(, |$)", line) and name:
             computations[name] = tuple(_instruction(text) for text in lines)
             name = ""
         elif name and _START.match(line):
@@ -230,8 +235,8 @@ def _visit(program: Program, name: str, times: int, sums: Totals, scheduled: boo
                 sums.notes.append(f"loop {instruction.name}: unknown trip count, counted once")
             body = instruction.attribute("body").removeprefix("%")
             _visit(program, body, times * (trips or 1), sums, scheduled)
-        if instruction.opcode in ("fusion", "call", "conditional", "async-start"):
-            inner = scheduled and instruction.opcode != "fusion"
+        if instruction.opcode in ("fusion", "call", "conditional", "async-start", _OFFLOADED):
+            inner = scheduled and instruction.opcode not in ("fusion", _OFFLOADED)
             for called in instruction.called:
                 _visit(program, called, times, sums, inner)
 

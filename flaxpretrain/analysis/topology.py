@@ -55,6 +55,11 @@ GENERATIONS = {
 }
 """By the name that a topology begins with, as in `v5e:4x4`."""
 
+UNREADABLE = (
+    "the installed jaxlib cannot read what libtpu compiled: a newer one gives the estimates"
+)
+"""Of programs for tpu7x that use its SparseCores: jaxlib 0.10 cannot, 0.12 can."""
+
 KERNEL_PEAK_SHARE = 0.5
 """Most of the peak that attention kernels are charged at: their softmax keeps the units waiting."""
 
@@ -245,11 +250,16 @@ def compile_step(
     if compiled is None:
         needed, available = memory_sizes(verdict)
         return Report(**report, fits=False, needed_bytes=needed, available_bytes=available), None
-    text = compiled.as_text()
     memory = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+        report |= _estimate(text, topology, report)
+    except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" not in str(error):
+            raise
+        text, report["notes"] = None, (UNREADABLE,)
     return Report(
         **report,
-        **_estimate(text, topology, report),
         fits=True,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,

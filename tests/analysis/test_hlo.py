@@ -104,6 +104,26 @@ def test_collectives_count_the_full_array_of_a_device(sums):
     }
 
 
+def test_what_a_sparse_core_reduces_beside_the_step_is_counted():
+    """As libtpu writes it for tpu7x: the computation is named by the start of a custom call."""
+    program = """HloModule jit_f
+
+%called_computation.5 (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %all-reduce.7 = f32[8,4]{1,0} all-reduce(%p), replica_groups={{0,1}}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %start = ((), (), (s32[8]{0})) custom-call-start(), async_execution_thread="sparsecore", \
+custom_call_target="offload", called_computations={%called_computation.5}
+  %update = ((f32[8,4]{1,0}), f32[8,4]{1,0}, (s32[8]{0})) custom-call-update(%start, %a)
+  ROOT %done = f32[8,4]{1,0} custom-call-done(%update)
+}
+"""
+    assert dict(hlo.totals(hlo.parse(program)).collective_bytes) == {"all-reduce": 8 * 4 * 4}
+
+
 def test_a_loop_without_a_bound_is_counted_once_and_named():
     unbounded = PROGRAM.replace("constant(12)", "parameter(0)")
     sums = hlo.totals(hlo.parse(unbounded))
