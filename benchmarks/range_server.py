@@ -71,6 +71,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if server.fails():
             self._say(server.fail_status, b"", {})
             return
+        if path.is_dir():
+            names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
+            links = "".join(f'<a href="{name}">{name}</a>\n' for name in names)
+            self._say(200, links.encode() if body else b"", {"Content-Type": "text/html"})
+            return
         if not path.is_file():
             self._say(404, b"", {})
             return

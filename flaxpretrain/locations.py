@@ -19,6 +19,11 @@ def located(text: Location) -> Location:
     return Path(text).expanduser()
 
 
+def given(text: str) -> Location:
+    """What a command line gives: a path, or a URL as it is, a slash at its end included."""
+    return text if is_remote(text) else Path(text)
+
+
 def joined(location: Location, name: str) -> Location:
     """Something in a folder, or beside it where `name` is absolute or a URL itself."""
     if is_remote(name) or not is_remote(location):

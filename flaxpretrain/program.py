@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import is_remote
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -57,6 +58,15 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 YNN_OFF = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+def local_folder(text: str) -> Path:
+    """A folder that a program writes: not a URL, which a Path would take for a folder `gs:`."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL, and this is written on the disk: name a folder, and copy it then"
+        )
+    return Path(text)
 
 
 def avoid_known_faults() -> None:

@@ -31,6 +31,7 @@ from flaxpretrain.data.sources import FORMATS, Sampled, Source, TextFiles, text_
 from flaxpretrain.data.store import Dataset, partial_folder
 from flaxpretrain.data.word_starts import SEGMENTERS
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import Location, given, is_remote
 
 TOKENIZER_FILES = (
     "vocab.txt",
@@ -55,10 +56,10 @@ def parser() -> program.Parser:
     """The arguments; those that google-research/electra has are spelled as there."""
     parser = program.Parser(__doc__)
     add = parser.add_argument
-    add("--corpus-dir", type=Path, action="append", metavar="PATH", help=PATH_HELP)
+    add("--corpus-dir", type=given, action="append", metavar="PATH", help=PATH_HELP)
     add("--source", action="append", metavar="NAME", help=SOURCE_HELP)
     add("--held-out", action="append", metavar="SPLIT=TEXT", default=[], help=HELD_OUT_HELP)
-    add("--output-dir", type=Path, required=True, help="the dataset's folder")
+    add("--output-dir", type=program.local_folder, required=True, help="the dataset's folder")
 
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--vocab-file", help="a WordPiece vocab.txt")
@@ -105,7 +106,7 @@ def parser() -> program.Parser:
 
 PATH_HELP = (
     "a file, or a folder read in the order of its paths: text, .jsonl, .csv, .tsv, .parquet; .gz, "
-    ".xz, .zst too; may be repeated"
+    ".xz, .zst too; a URL, of a file, a folder or a pattern, gs://BUCKET/*.txt; may be repeated"
 )
 SOURCE_HELP = (
     "hf:NAME[:CONFIG[:SPLIT]] of Hugging Face (a local folder too), tfds:NAME[:SPLIT] of "
@@ -141,9 +142,9 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
         raise UserError(f"--blanks-separate-docs {blanks} contradicts --format {layout}")
     columns = Columns(arguments.text_column, arguments.target_column, arguments.prefix)
 
-    def files(path: Path) -> Source:
+    def files(path: Location) -> Source:
         found = text_files(path, layout, arguments.errors, columns=columns)
-        return without_our_files(found, path, arguments)
+        return found if is_remote(path) else without_our_files(found, Path(path), arguments)
 
     def named(text: str) -> Source:
         if text == "interpreter":
@@ -161,7 +162,7 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
         if not equals:
             raise UserError(f"--held-out {text}: expected SPLIT=TEXT, such as books=books.txt")
         is_name = where == "interpreter" or where.startswith(("hf:", "tfds:"))
-        sources.append(named(where) if is_name else files(Path(where)))
+        sources.append(named(where) if is_name else files(given(where)))
     if arguments.shard is not None:
         sources = [source.shard(*part_of(arguments.shard)) for source in sources]
     return sources
@@ -207,7 +208,7 @@ def without_our_files(source: TextFiles, corpus: Path, arguments: argparse.Names
             for folder in inside
         )
 
-    ours = [path for path in source.paths if is_ours(path)]
+    ours = [path for path in source.paths if isinstance(path, Path) and is_ours(path)]
     kept = tuple(path for path in source.paths if path not in ours)
     if not kept:
         raise UserError(f"--corpus-dir {corpus} holds no text, only what the tools write")

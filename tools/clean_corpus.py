@@ -39,6 +39,7 @@ from flaxpretrain.data.progress import ReadingProgress
 from flaxpretrain.data.records import Columns
 from flaxpretrain.data.sources import FORMATS, Source, text_files
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import given
 
 DEFAULTS = ("unicode", "controls", "markup", "duplicate", "near-duplicate")
 
@@ -47,11 +48,16 @@ def parser() -> program.Parser:
     """The arguments."""
     parser = program.Parser(__doc__)
     add = parser.add_argument
-    add("--corpus-dir", type=Path, action="append", metavar="PATH", default=[],
+    add("--corpus-dir", type=given, action="append", metavar="PATH", default=[],
         help="a file or a folder: text, .jsonl, .parquet, packed or not; repeatable")  # fmt: skip
     add("--source", action="append", metavar="NAME", default=[],
         help="hf:NAME[:CONFIG[:SPLIT]], tfds:NAME[:SPLIT] or interpreter; repeatable")  # fmt: skip
-    add("--output-dir", type=Path, required=True, help="folder to make; the text is in text/")
+    add(
+        "--output-dir",
+        type=program.local_folder,
+        required=True,
+        help="folder to make; the text is in text/",
+    )
     add("--format", choices=FORMATS, default="sentences",
         help="sentences: blank lines between documents; lines, files: a document each")  # fmt: skip
     add("--text-column", default="text", help="of records: the field with the text")
@@ -117,7 +123,7 @@ def source_of(text: str, arguments: argparse.Namespace) -> Source:
         return InterpreterText()
     if text.startswith(("hf:", "tfds:")):
         return named_source(text, columns, arguments.errors, False)
-    return text_files(Path(text), arguments.format, arguments.errors, columns=columns)
+    return text_files(given(text), arguments.format, arguments.errors, columns=columns)
 
 
 def main(argv: list[str]) -> None:

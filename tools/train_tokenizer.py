@@ -38,6 +38,7 @@ from flaxpretrain.data.tokenizer_training import (
 )
 from flaxpretrain.data.tokenizers import Tokenizer
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import given
 
 MODELS = ("wordpiece", "characters", "bpe", "unigram", "sentencepiece-bpe")
 BERT_LIKE = ("wordpiece", "characters")
@@ -81,7 +82,7 @@ def parser() -> program.Parser:
     """The arguments."""
     parser = program.Parser(__doc__)
     add = parser.add_argument
-    add("--corpus-dir", "--files", dest="corpus", type=Path, nargs="+", action="extend",
+    add("--corpus-dir", "--files", dest="corpus", type=given, nargs="+", action="extend",
         metavar="PATH", default=[], help="text files or folders of them; .gz too")  # fmt: skip
     add("--source", choices=["interpreter"], help="text that ships with Python")
     family = parser.add_mutually_exclusive_group()
@@ -89,7 +90,7 @@ def parser() -> program.Parser:
     family.add_argument("--extend", metavar="TOKENIZER",
         help="add tokens to this one: a file, a folder or a hub id")  # fmt: skip
     add("--vocab-size", type=int, required=True, help="ids, special tokens included")
-    add("--output-dir", type=Path, required=True, help="the tokenizer's folder")
+    add("--output-dir", type=program.local_folder, required=True, help="the tokenizer's folder")
     case = parser.add_mutually_exclusive_group()
     case.add_argument("--lowercase", action="store_true",
         help="default for wordpiece and characters")  # fmt: skip
@@ -192,7 +193,7 @@ def report(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequenc
         name, equals, path = entry.partition("=")
         if not (name and equals and path):
             raise UserError(f"--report takes NAME=PATH, such as es=valid.es.txt; got {entry!r}")
-        named[name] = text_files(Path(path), errors=arguments.errors)
+        named[name] = text_files(given(path), errors=arguments.errors)
     figures = [
         fertility.measure(tokenizer, name, Sentences([source], skip_broken=arguments.skip_broken))
         for name, source in named.items()

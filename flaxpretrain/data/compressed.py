@@ -6,9 +6,9 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from flaxpretrain.data.remote_text import TextPath
 from flaxpretrain.errors import UserError
 
 _LARGEST_WINDOW = 1 << 31
@@ -68,8 +68,8 @@ SUFFIXES = frozenset(_FORMATS)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[int], bytes]]]:
-    """The file on the disk, whose position is the progress, and a function that reads its text.
+def opened(path: TextPath) -> Iterator[tuple[io.BufferedIOBase, Callable[[int], bytes]]]:
+    """The file as it is stored, whose position is the progress, and a function that reads its text.
 
     The function raises `BrokenFile` where the compression is broken.
 

@@ -212,6 +212,33 @@ class RemoteFiles(Files):
         names = list(names)
         return dict(zip(names, _at_once(size, names), strict=True))
 
+    def matching(self, pattern: str, *, literally: bool = False) -> dict[str, int | None]:
+        """Bytes of the files below this folder whose path matches, None where the store is silent.
+
+        A pattern is one of fsspec's, `*.txt` or `**`; `literally`, it is a single path. Hidden
+        files and folders (a leading dot) match no pattern.
+
+        Raises:
+            UserError: the store refuses, or goes on failing.
+        """
+
+        def request() -> dict[str, Any]:
+            path = self._name(pattern)
+            if literally:
+                return {path: self._system.info(path)}
+            return self._system.glob(path, detail=True)
+
+        try:
+            found = self._ask(pattern, request)
+        except FileNotFoundError:
+            return {}
+        begin = len(self._root.rstrip("/")) + 1
+        sizes = {p[begin:]: info["size"] for p, info in found.items() if info["type"] == "file"}
+        if not literally:
+            sizes = {name: size for name, size in sizes.items() if "/." not in f"/{name}"}
+        untold = [name for name, size in sizes.items() if size is None]
+        return sizes | (self.sizes(untold) if untold else {})
+
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of a file.
 

@@ -79,7 +79,7 @@ def _files(
     """The files of a split in a folder laid out as on the hub, read without making a copy."""
     inside = folder / config if config else folder
     every = text_files(inside, errors=errors, name=name, columns=columns)
-    records = [path for path in every.paths if reader_of(path) is not None]
+    records = [p for p in every.paths if isinstance(p, Path) and reader_of(p) is not None]
     said = {path: _split_of(path.relative_to(inside)) for path in records}
     paths: list[Path] = []
     for wanted in split.split("+"):

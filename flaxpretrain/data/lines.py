@@ -1,12 +1,12 @@
 """The lines of text files, with their numbers; what is broken is named by file and line."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from flaxpretrain.data import document
 from flaxpretrain.data.compressed import BrokenFile, opened
 from flaxpretrain.data.document import Losses
+from flaxpretrain.data.remote_text import TextPath
 
 BLOCK = 1 << 20
 """Bytes read at once."""
@@ -22,7 +22,7 @@ class Lines(NamedTuple):
 
 
 def read_lines(
-    path: Path,
+    path: TextPath,
     errors: str,
     losses: Losses,
     progress: Callable[[int], None] | None = None,
@@ -79,7 +79,7 @@ def read_lines(
 
 
 def _decoded(
-    data: bytes, path: Path, number: int, offset: int, errors: str, losses: Losses
+    data: bytes, path: TextPath, number: int, offset: int, errors: str, losses: Losses
 ) -> list[str | None]:
     """Whole lines as text; `number` lines and `offset` bytes come before them in the file."""
     start = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0

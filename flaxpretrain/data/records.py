@@ -4,12 +4,12 @@ import csv
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from flaxpretrain.data import compressed, document
 from flaxpretrain.data.document import Document, Losses, blank, documents_of
 from flaxpretrain.data.lines import read_lines
+from flaxpretrain.data.remote_text import RemotePath, TextPath
 from flaxpretrain.errors import UserError
 
 ROWS_AT_A_TIME = 256
@@ -121,7 +121,7 @@ def _sentences(value: Any, errors: str, losses: Losses) -> list[str]:
 
 
 def json_documents(
-    path: Path, columns: Columns, errors: str, losses: Losses, progress: Progress | None
+    path: TextPath, columns: Columns, errors: str, losses: Losses, progress: Progress | None
 ) -> Iterator[Document]:
     """The documents of a file with one JSON object a line."""
     for first, texts in read_lines(path, errors, losses, progress):
@@ -143,7 +143,7 @@ def json_documents(
 
 
 def table_documents(
-    path: Path, columns: Columns, errors: str, losses: Losses, progress: Progress | None
+    path: TextPath, columns: Columns, errors: str, losses: Losses, progress: Progress | None
 ) -> Iterator[Document]:
     """The documents of a table, tabs or commas between its columns, their names on the first line.
 
@@ -165,7 +165,7 @@ def table_documents(
 
 
 def _tab_rows(
-    path: Path, errors: str, losses: Losses, progress: Progress | None
+    path: TextPath, errors: str, losses: Losses, progress: Progress | None
 ) -> Iterator[tuple[int, list[str]]]:
     """The cells of each line that is not blank, and its number."""
     for first, texts in read_lines(path, errors, losses, progress):
@@ -175,7 +175,7 @@ def _tab_rows(
 
 
 def _comma_rows(
-    path: Path, errors: str, losses: Losses, progress: Progress | None
+    path: TextPath, errors: str, losses: Losses, progress: Progress | None
 ) -> Iterator[tuple[int, list[str]]]:
     """The cells of each record, and the number of its last line."""
     number = 0
@@ -203,7 +203,7 @@ def _comma_rows(
 
 
 def parquet_documents(
-    path: Path, columns: Columns, errors: str, losses: Losses, progress: Progress | None
+    path: TextPath, columns: Columns, errors: str, losses: Losses, progress: Progress | None
 ) -> Iterator[Document]:
     """The documents of a Parquet file, read some rows at a time."""
     try:
@@ -215,7 +215,7 @@ def parquet_documents(
     size, told, row = path.stat().st_size, 0, 0
     remedy = "write or download it again, or pass --skip-broken"
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path.open("rb") if isinstance(path, RemotePath) else path)
     except broken as error:
         losses.broken(f"{path} is no Parquet file, or a broken one: {_brief(error)}", remedy)
         if progress is not None:
@@ -278,10 +278,10 @@ READERS: dict[str, Callable[..., Iterator[Document]]] = {
 """What reads files of records, by their suffix."""
 
 
-def reader_of(path: Path) -> Callable[..., Iterator[Document]] | None:
+def reader_of(path: TextPath) -> Callable[..., Iterator[Document]] | None:
     """What reads a file of records; None for one of plain text."""
     if path.suffix in compressed.SUFFIXES:
-        reader = READERS.get(path.with_suffix("").suffix)
+        reader = READERS.get("".join(path.suffixes[-2:-1]))
         return None if reader is parquet_documents else reader
     return READERS.get(path.suffix)
 

@@ -19,7 +19,9 @@ from flaxpretrain.data.document import Document, Losses, blank
 from flaxpretrain.data.lines import read_lines
 from flaxpretrain.data.randomness import fold
 from flaxpretrain.data.records import TEXT, Columns, reader_of
+from flaxpretrain.data.remote_text import TextPath, remote_paths
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import Location, is_remote
 
 FORMATS = ("sentences", "lines", "files")
 
@@ -62,7 +64,7 @@ class TextFiles(Source):
     """
 
     name: str
-    paths: tuple[Path, ...]
+    paths: tuple[TextPath, ...]
     format: str = "sentences"
     errors: str = "strict"
     """What bytes that are not UTF-8 do: "strict" stops with an error, "replace" puts U+FFFD."""
@@ -74,7 +76,7 @@ class TextFiles(Source):
         check_errors(self.errors)
 
     def size(self) -> int:
-        """Bytes on the disk, compressed ones where a file is compressed."""
+        """Bytes of the files, compressed ones where a file is compressed."""
         return sum(path.stat().st_size for path in self.paths)
 
     def documents(
@@ -188,7 +190,7 @@ class Sampled(Source):
 
 
 def text_files(
-    folder: Path | str,
+    folder: Location,
     format: str = "sentences",
     errors: str = "strict",
     name: str | None = None,
@@ -196,11 +198,15 @@ def text_files(
 ) -> TextFiles:
     """A file, or all files of a folder and the folders in it, sorted by their path.
 
-    Hidden files and folders (a leading dot) are left out. `name` defaults to the folder's.
+    Hidden files and folders (a leading dot) are left out. `name` defaults to the folder's. A URL
+    may be a pattern, gs://bucket/*.txt.
 
     Raises:
-      UserError: nothing there.
+      UserError: nothing there, or a store refuses.
     """
+    if is_remote(folder):
+        name = str(folder).rstrip("/").rpartition("/")[2] if name is None else name
+        return TextFiles(name, remote_paths(str(folder)), format, errors, columns)
     folder = Path(folder)
     name = folder.resolve().name if name is None else name
     if folder.is_file():

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.range_server import RangeServer
+from flaxpretrain.data import remote_text
+from flaxpretrain.data.files import RemoteFiles
 from flaxpretrain.data.store import open_dataset, partial_folder
 from flaxpretrain.electra_hparams import HParams, run_of
+from flaxpretrain.errors import UserError
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] [MASK] the river town Town ran ##s cafe café . ,".split()
@@ -242,3 +246,43 @@ def test_records_in_parts_with_splits_of_their_own(tmp_path):
     assert "train: 30 documents" in output and "validation: 1 documents" in output
     code, _, errors = run("build_pretraining_dataset", *flags[2:], "--source", "web:x")
     assert code == 2 and "web:x: expected hf:NAME" in errors
+
+
+def test_text_behind_urls_builds_the_same_dataset_though_the_server_fails(
+    corpus, tool, monkeypatch
+):
+    monkeypatch.setattr(RemoteFiles, "first_pause_seconds", 0.001)
+    remote_text._files.cache_clear()
+    main, read = tool("build_pretraining_dataset").main, RemoteFiles.read
+
+    def build(where, output):
+        flags = ["--num-processes", "1", "--vocab-file", corpus.parent / "vocab.txt"]
+        flags += ["--corpus-dir", f"{where}/a.txt", "--corpus-dir", f"{where}/b.txt"]
+        main([str(flag) for flag in (*flags, "--output-dir", output)])
+
+    with RangeServer(corpus) as server:
+
+        def breaks_down(self, name, begin, end):
+            if name == "b.txt":
+                server.fail_every = 1
+            return read(self, name, begin, end)
+
+        far, near = corpus.parent / "far", corpus.parent / "near"
+        monkeypatch.setattr(RemoteFiles, "read", breaks_down)
+        with pytest.raises(UserError, match="b.txt cannot be read .*503"):
+            build(server.url, far)
+        assert not far.exists()
+        monkeypatch.setattr(RemoteFiles, "read", read)
+        server.fail_every = 0
+        build(server.url, far)
+    build(corpus, near)
+    for path in filter(Path.is_file, near.rglob("*")):
+        assert (far / path.relative_to(near)).read_bytes() == path.read_bytes()
+
+
+def test_a_url_as_output_is_refused_in_one_line(corpus, tool, capsys):
+    arguments = [*build_arguments(corpus), "--output-dir", "gs://bucket/data"]
+    with pytest.raises((SystemExit, UserError)) as e:
+        tool("build_pretraining_dataset").main([str(a) for a in arguments])
+    assert "gs://bucket/data is a URL" in str(e.value) + capsys.readouterr().err
+    assert not Path("gs:").exists()
