@@ -11,7 +11,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -207,16 +207,26 @@ def lower_step(
     return assembly, lowered, known
 
 
-@contextlib.contextmanager
-def _short_source_locations() -> Iterator[None]:
+def _short_source_locations() -> contextlib.AbstractContextManager[None]:
     """Kernels carry the lines that they were written by; these name no folder and no caller.
 
     So the program, and its hash, are the same in every checkout.
     """
-    values = {
-        "jax_hlo_source_file_canonicalization_regex": ".*/",
-        "jax_include_full_tracebacks_in_locations": False,
-    }
+    return _configured(
+        {
+            "jax_hlo_source_file_canonicalization_regex": ".*/",
+            "jax_include_full_tracebacks_in_locations": False,
+        }
+    )
+
+
+def nothing_cached() -> contextlib.AbstractContextManager[None]:
+    """No program goes to jax's cache of programs: one without its device cannot be read again."""
+    return _configured({"jax_persistent_cache_min_compile_time_secs": float("inf")})
+
+
+@contextlib.contextmanager
+def _configured(values: Mapping[str, Any]) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in values}
     for name, value in values.items():
         jax.config.update(name, value)
@@ -237,7 +247,7 @@ def compile_step(
     """
     started = time.monotonic()
     assembly, lowered, report = lower_step(run, topology, phase_number, slices)
-    with jax.set_mesh(assembly.mesh):
+    with jax.set_mesh(assembly.mesh), nothing_cached():
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
