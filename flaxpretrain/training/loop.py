@@ -34,6 +34,7 @@ from flaxpretrain.training.goodput import (
     STEPS,
     Ledger,
 )
+from flaxpretrain.training.google_notice import GoogleNotice
 from flaxpretrain.training.meter import Due, Meter
 from flaxpretrain.training.metrics import (
     EVENTS,
@@ -208,7 +209,7 @@ class _Training:
         started, begun = time.monotonic(), session.step
         if session.step == 0:
             self._reporter.evaluate(due_evaluations(session))
-        with Preemption() as preemption:
+        with Preemption() as preemption, GoogleNotice():
             for phase, last in spans(session.phases):
                 if self._detector is not None and session.step == last - (phase.steps or 0):
                     self._detector.forget()  # longer rows may be harder
