@@ -96,6 +96,26 @@ def test_a_pattern_picks_files(bucket, pattern, names):
     ]
 
 
+# gcsfs asks for credentials that the emulator does not need.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_bucket_of_googles_is_read_by_pattern_and_as_a_folder(folder, tmp_path, monkeypatch):
+    pytest.importorskip("gcsfs", reason="pip install gcsfs gcp-storage-emulator")
+    pytest.importorskip("gcp_storage_emulator", reason="pip install gcsfs gcp-storage-emulator")
+    from tests.training.bucket import serving
+
+    remote_text._files.cache_clear()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with serving(monkeypatch):
+        fsspec.filesystem("gs").clear_instance_cache()
+        system = fsspec.filesystem("gs")
+        for name in ("a.txt", "b.txt.gz", "c.jsonl", "e.parquet", "more/d.csv"):
+            system.pipe_file(f"bucket/text/{name}", (folder / name).read_bytes())
+        assert read(text_files("gs://bucket/text")) == read(text_files(folder))
+        (only,) = text_files("gs://bucket/text/*.txt").paths
+        assert str(only) == "gs://bucket/text/a.txt"
+        remote_text._files.cache_clear()
+
+
 def test_a_page_that_lists_files_is_a_folder(server, folder):
     far = text_files(f"{server.url}/")
     assert read(far) == read(text_files(folder))
