@@ -13,42 +13,8 @@ RECORD = ROOT / "benchmarks" / "results" / "tpu_compile.json"
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 
-OLDER = (
-    "albert_base",
-    "bart_base",
-    "bart_tiny",
-    "bert_base",
-    "bert_base_nsp",
-    "bert_base_wwm",
-    "bert_small",
-    "bert_tiny",
-    "domain_adaptation_small",
-    "electra_large",
-    "electra_small",
-    "electra_small_owt",
-    "electra_spanish",
-    "electra_tiny",
-    "general_small",
-    "gpt2_small",
-    "gpt2_tiny",
-    "quickstart",
-    "quickstart_30min",
-    "roberta_base",
-    "spanbert_base",
-    "t5_multitask_tiny",
-    "t5_tiny",
-    "t5_v1_0_small",
-    "t5_v1_1_base",
-    "t5_v1_1_base_budget",
-    "t5_v1_1_gpu",
-)
-"""Recipes whose entry is older than their code: strictly so, a new entry must leave this list."""
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_s_entry_is_of_its_present_code_and_fits(path, request):
-    if path.stem in OLDER:
-        request.applymarker(pytest.mark.xfail(reason="its entry is older than its code"))
+def test_a_recipe_s_entry_is_of_its_present_code_and_fits(path):
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     again = "run python tools/compile_all.py and commit benchmarks/results/tpu_compile.json"
     assert path.stem in record, f"{path.stem} was not compiled yet: {again}"
