@@ -302,7 +302,7 @@ def test_loss_and_padding_are_the_originals_and_ours_are_none(tmp_path, test_dat
     )
     assert found == pytest.approx(MEASURED[laid_out], abs=1.5)
     ours = Documents().plan(split, 128, 2)
-    assert ours.real_tokens_per_epoch == split.tokens + 2 * ours.histogram.sum()
+    assert ours.real_tokens_per_epoch == split.tokens + 2 * ours.items.histogram.sum()
     assert ours.padding_share < 0.03
 
 
