@@ -58,10 +58,8 @@ def run(*command):
 
 
 @pytest.fixture(scope="module")
-def trained(test_data, tmp_path_factory, request):
+def trained(test_data, tmp_path_factory):
     """Folder with `data` and a workdir `w`."""
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("trains for five minutes on a core: run with -m slow")
     pytest.importorskip("jieba")
     folder = tmp_path_factory.mktemp("chinese")
     (folder / "chinese_small.py").write_text(SHRUNK.format(steps=STEPS))

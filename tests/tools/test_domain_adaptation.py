@@ -45,10 +45,8 @@ def train(data, workdir, *options):
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory, request):
+def texts(tmp_path_factory):
     """A folder with `general.txt`, and `reviews/good.txt` and `bad.txt`, a text a line."""
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("trains twice, for minutes on a core: run with -m slow")
     folder = tmp_path_factory.mktemp("adaptation")
     (folder / "reviews").mkdir()
     general = [*sentences(PLACES, (*PRAISE, *BLAME), 9000, 0), *sentences(FILMS, PRAISE, 4, 1)]

@@ -34,10 +34,8 @@ def run(*command):
 
 
 @pytest.fixture(scope="module")
-def trained(test_data, tmp_path_factory, request):
+def trained(test_data, tmp_path_factory):
     """Folder with `data`, a workdir `w`, and `hf/generator` and `hf/discriminator`."""
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("trains for eight minutes on two cores: run with -m slow")
     folder = tmp_path_factory.mktemp("spanish")
     text = test_data / "es_novels_eltec" / "train.txt"
     tokenizer, data = folder / "tokenizer", folder / "data"
