@@ -183,10 +183,10 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
         workdir = arguments.workdir or Path("runs") / run.name
     if isinstance(arguments.data_dir, Path) and not arguments.data_dir.is_dir():
         raise UserError(f"--data-dir {arguments.data_dir}: there is no such folder")
+    check_remat(run)  # before hours of preparation
     if arguments.dry_run:
         print_plan(run, local_folder(workdir))
         return program.EXIT_OK
-    check_remat(run)  # before hours of preparation
     say_devices(run, arguments.allow_cpu)
     peers.seconds = run.watchdog.peer_seconds
     use_compile_cache(workdir, arguments.compile_cache)

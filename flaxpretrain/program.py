@@ -57,16 +57,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-YNN_OFF = "--xla_cpu_experimental_ynn_fusion_type="
-
-
-def local_folder(text: str) -> Path:
+def output_folder(text: str) -> Path:
     """A folder that a program writes: not a URL, which a Path would take for a folder `gs:`."""
     if is_remote(text):
         raise argparse.ArgumentTypeError(
             f"{text} is a URL, and this is written on the disk: name a folder, and copy it then"
         )
     return Path(text)
+
+
+YNN_OFF = "--xla_cpu_experimental_ynn_fusion_type="
 
 
 def avoid_known_faults() -> None:

@@ -59,7 +59,7 @@ def parser() -> program.Parser:
     add("--corpus-dir", type=given, action="append", metavar="PATH", help=PATH_HELP)
     add("--source", action="append", metavar="NAME", help=SOURCE_HELP)
     add("--held-out", action="append", metavar="SPLIT=TEXT", default=[], help=HELD_OUT_HELP)
-    add("--output-dir", type=program.local_folder, required=True, help="the dataset's folder")
+    add("--output-dir", type=program.output_folder, required=True, help="the dataset's folder")
 
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--vocab-file", help="a WordPiece vocab.txt")

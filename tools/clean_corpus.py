@@ -54,7 +54,7 @@ def parser() -> program.Parser:
         help="hf:NAME[:CONFIG[:SPLIT]], tfds:NAME[:SPLIT] or interpreter; repeatable")  # fmt: skip
     add(
         "--output-dir",
-        type=program.local_folder,
+        type=program.output_folder,
         required=True,
         help="folder to make; the text is in text/",
     )

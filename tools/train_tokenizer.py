@@ -90,7 +90,7 @@ def parser() -> program.Parser:
     family.add_argument("--extend", metavar="TOKENIZER",
         help="add tokens to this one: a file, a folder or a hub id")  # fmt: skip
     add("--vocab-size", type=int, required=True, help="ids, special tokens included")
-    add("--output-dir", type=program.local_folder, required=True, help="the tokenizer's folder")
+    add("--output-dir", type=program.output_folder, required=True, help="the tokenizer's folder")
     case = parser.add_mutually_exclusive_group()
     case.add_argument("--lowercase", action="store_true",
         help="default for wordpiece and characters")  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 _HEADER = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
+_END = re.compile(r"\}(, |$)")
 _START = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -167,7 +168,7 @@ def parse(text: str) -> Program:
             name, lines = header.group(1), []
             if line.startswith("ENTRY"):
                 entry = name
-        elif re.match(r"\}(, |$)", line) and name:
+        elif _END.match(line) and name:
             computations[name] = tuple(_instruction(text) for text in lines)
             name = ""
         elif name and _START.match(line):

@@ -20,7 +20,7 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of, rule_for
 from flaxpretrain.locations import is_remote
 from flaxpretrain.training import sharding
-from flaxpretrain.training.assembly import Assembly, assemble, check_remat, stand_in_vocabulary
+from flaxpretrain.training.assembly import Assembly, assemble, stand_in_vocabulary
 from flaxpretrain.training.metrics import duration
 from flaxpretrain.training.session import (
     open_run_dataset,
@@ -39,7 +39,6 @@ ASSUMED_CPU_FLOPS_PER_SECOND = 60e9
 def print_plan(run: Run, workdir: Path, console: Console | None = None) -> None:
     """Prints the rendered recipe, parameters, devices, cost, and the learning rate over steps."""
     console = console or Console(width=100)
-    check_remat(run)
     text = json.dumps(render(run), indent=2)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     dataset = _dataset_if_built(run, workdir)

@@ -194,6 +194,7 @@ class _Training:
     ) -> None:
         self._session, self._checkpoints = session, checkpoints
         self._ledger, self._events = ledger, events
+        self._compiler_options = compiler_options(session.assembly.mesh)
         self._meter = Meter(session)
         self._reporter = Reporter(session, self._meter, writers, ledger)
         self._detector = None
@@ -243,8 +244,7 @@ class _Training:
     def _run_phase(self, phase: Phase, last: int, preemption: Preemption) -> bool:
         """Runs the steps of a phase that are left; True when asked to stop."""
         session = self._session
-        options = compiler_options(session.assembly.mesh)
-        step_function = _StepFunction(session.assembly.train_step(phase, options))
+        step_function = _StepFunction(session.assembly.train_step(phase, self._compiler_options))
         flops: dict[Phase, float] = {}
         while session.step < last:
             with contextlib.suppress(_Rewound):
