@@ -249,7 +249,7 @@ class RemoteFiles(Files):
             return b""
 
         def request() -> bytes:
-            found = self._system.cat_file(self._name(name), begin, end)
+            found = self._system.cat_file(self._name(name), start=begin, end=end)
             if len(found) > end - begin:
                 raise UserError(
                     f"{self.path(name)}: asked for {end - begin} bytes, the server gave "

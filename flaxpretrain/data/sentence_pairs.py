@@ -4,10 +4,12 @@ Documents are cut once into texts of whole sentences, as google-research/bert cu
 text is divided into A and B, whether B follows A, and what stands there instead, is drawn anew in
 every epoch. Several pairs share a row, each a segment of its own with its [CLS] and its label.
 
-Two differences from the original. All pairs of a text take as many tokens, whatever B is, so that
-rows are packed once (there, a random B also fills up short ends of documents, which tells it from
-a true one by its length). And where B is random, the second part of the text is left out of this
-epoch, and not moved to the next pair, so that every epoch has the same number of rows.
+Three differences from the original. All pairs of a text take as many tokens, whatever B is, so
+that rows are packed once (there, a random B also fills up short ends of documents, which tells it
+from a true one by its length). A random B begins where enough of its document is left, and not at
+any sentence: ends of documents would leave rows unfilled. And where B is random, the second part of
+the text is left out of this epoch, and not moved to the next pair, so that every epoch has the same
+number of rows.
 
 Reference: create_instances_from_document and truncate_seq_pair of google-research/bert and
 google-research/albert create_pretraining_data.py.
@@ -45,6 +47,8 @@ LONE = ("random", "alone")
 NEGATIVE_SHARE = 0.5
 
 _SHORTEST = 2
+_DOCUMENTS_DRAWN = 4
+"""For a random text, until one is long enough: a shorter one would leave its row unfilled."""
 _SAMPLE = 1 << 14
 """Rows by which the tokens of an epoch are estimated where random texts vary in length."""
 
@@ -244,7 +248,7 @@ class PairPlan(RowPlan):
         """A and B of texts, in tokens of the stream."""
         offsets = self.split.sentence_offsets
         begin, end, document, size = texts
-        draws = words(keys, Stream.PAIRS, 4)
+        draws = words(keys, Stream.PAIRS, 3 + _DOCUMENTS_DRAWN)
         sentences = end - begin
         border = begin + np.where(sentences > 1, 1 + scaled(draws[:, 0], sentences - 1), 1)
         a = _Span(offsets[begin], offsets[border])
@@ -265,14 +269,23 @@ class PairPlan(RowPlan):
     def _elsewhere(
         self, document: Int[Numpy, " N"], wanted: Int[Numpy, " N"], draws: np.ndarray
     ) -> "_Span":
-        """Sentences of another document, from a random one on until there are enough tokens."""
+        """Whole sentences of another document, enough of them wherever the document has enough.
+
+        Of the documents drawn the first that is long enough, or else the longest; in it a random
+        one of the sentences that have enough behind them.
+        """
         offsets = self.split.sentence_offsets
-        other = scaled(draws[:, 0], self.split.documents - 1)
-        other += other >= document
-        borders = self.split.document_offsets[np.stack([other, other + 1])]
-        first, last = offsets.searchsorted(borders)
-        sentence = first + scaled(draws[:, 1], last - first)
-        end = offsets.searchsorted(offsets[sentence] + np.maximum(wanted, 1))
+        wanted = np.maximum(wanted, 1)
+        others = scaled(draws[:, 1:], self.split.documents - 1)
+        others += others >= document[:, None]
+        borders = self.split.document_offsets[np.stack([others, others + 1])]
+        lengths = borders[1] - borders[0]
+        chosen = np.argmax(np.minimum(lengths, wanted[:, None]), axis=1)
+        start, stop = borders[:, np.arange(len(document)), chosen]
+        first, last = offsets.searchsorted(np.stack([start, stop]))
+        fitting = offsets.searchsorted(np.maximum(stop - wanted, start), side="right") - first
+        sentence = first + scaled(draws[:, 0], fitting)
+        end = offsets.searchsorted(offsets[sentence] + wanted)
         return _Span(offsets[sentence], offsets[np.minimum(end, last)])
 
 

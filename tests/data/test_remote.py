@@ -70,6 +70,18 @@ def test_batches_from_afar_are_those_of_the_disk(server, folder, layout):
         assert equal(batch, near.batch(step))
 
 
+def test_rows_lie_in_a_bucket_of_amazons(folder, monkeypatch):
+    for module in ("s3fs", "moto", "flask_cors"):
+        pytest.importorskip(module, reason='pip install s3fs "moto[s3]" flask flask-cors')
+    from tests.data.amazon import serving
+
+    near = pipeline_of(open_dataset(folder).split("train"), Documents())
+    with serving(monkeypatch, folder):
+        far = pipeline_of(open_dataset("s3://bucket").split("train"), Documents())
+        for step, batch in enumerate(far.iterate(0, 30)):
+            assert equal(batch, near.batch(step))
+
+
 def test_any_store_of_fsspec_will_do(folder):
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/bucket/data", recursive=True)

@@ -116,6 +116,19 @@ def test_a_bucket_of_googles_is_read_by_pattern_and_as_a_folder(folder, tmp_path
         remote_text._files.cache_clear()
 
 
+def test_a_bucket_of_amazons_is_read_by_pattern_and_as_a_folder(folder, monkeypatch):
+    for module in ("s3fs", "moto", "flask_cors"):
+        pytest.importorskip(module, reason='pip install s3fs "moto[s3]" flask flask-cors')
+    from tests.data.amazon import serving
+
+    remote_text._files.cache_clear()
+    with serving(monkeypatch, folder):
+        assert read(text_files("s3://bucket")) == read(text_files(folder))
+        (only,) = text_files("s3://bucket/*.txt").paths
+        assert str(only) == "s3://bucket/a.txt"
+        remote_text._files.cache_clear()
+
+
 def test_a_page_that_lists_files_is_a_folder(server, folder):
     far = text_files(f"{server.url}/")
     assert read(far) == read(text_files(folder))

@@ -89,7 +89,7 @@ def plain_pair(layout, documents, text, number, epoch, seed):
     """A, B and label of a text in one epoch."""
     document, first, sentences, size = text
     key = fold(epoch_keys(seed, np.array([epoch]), Stream.PAIRS), np.array([number]))
-    draws = (words(key, Stream.PAIRS, 4)[0] / 2.0**32).tolist()
+    draws = (words(key, Stream.PAIRS, 7)[0] / 2.0**32).tolist()
     end = 1 if len(sentences) == 1 else 1 + int(draws[0] * (len(sentences) - 1))
     a = [token for sentence in sentences[:end] for token in sentence]
     b = [token for sentence in sentences[end:] for token in sentence]
@@ -98,9 +98,13 @@ def plain_pair(layout, documents, text, number, epoch, seed):
         pass
     elif len(sentences) == 1 or (layout.negatives == "random" and draws[1] < 0.5):
         others = [i for i in range(len(documents)) if i != document]
-        other = documents[others[int(draws[2] * len(others))]]
-        begin, wanted, b, label = int(draws[3] * len(other)), size - len(a), [], 1
-        for sentence in other[begin:]:
+        candidates = [documents[others[int(draw * len(others))]] for draw in draws[3:]]
+        wanted, label = max(size - len(a), 1), 1
+        other = max(candidates, key=lambda one: min(sum(map(len, one)), wanted))
+        remaining = [sum(map(len, other[begin:])) for begin in range(len(other))]
+        enough = max(1, sum(left >= wanted for left in remaining))
+        b = []
+        for sentence in other[int(draws[2] * enough) :]:
             b = b + sentence
             if len(b) >= wanted:
                 break
@@ -173,6 +177,21 @@ def test_packing_leaves_little_padding_and_keeps_to_the_number_of_pairs(tmp_path
     assert packed.rows_per_epoch < alone.rows_per_epoch
     assert packed.padding_share < alone.padding_share
     assert max(pairs_of(alone, 0)[1]) == 1
+
+
+def test_a_random_text_is_as_long_as_its_row_has_room_for(tmp_path):
+    """Wherever one of four documents is: ends of documents would leave rows unfilled."""
+    split = split_of(tmp_path, documents_of(count=30, longest=9, most=60))
+    for layout in (BERT, ALBERT):
+        plan = plan_of(layout, split, 64)
+        padding = [
+            1
+            - sum(len(a) + len(b) + 2 + (len(b) > 0) for a, b, _ in pairs_of(plan, epoch)[0])
+            / (64 * plan.rows_per_epoch)
+            for epoch in range(4)
+        ]
+        assert max(padding) < 0.03
+        assert plan.padding_share == pytest.approx(padding[0], abs=0.01)
 
 
 def framed(texts, seconds, length=20, most=3):
