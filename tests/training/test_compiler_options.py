@@ -43,6 +43,13 @@ def test_a_whole_step_compiles_with_them(libtpu):
 
 
 @pytest.mark.tpu
+def test_the_compiler_is_asked_inside_the_run_s_mesh_of_several_devices_too(libtpu):
+    mesh = sharding.mesh_of(Mesh(), topology.devices_of("v5e:2x2"))
+    with jax.set_mesh(mesh):
+        assert compiler_options(mesh, {}) == overlap_options("TPU v5 lite")
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize("variable", ["LIBTPU_INIT_ARGS", "XLA_FLAGS"])
 def test_what_the_user_s_flags_say_is_left_to_them(libtpu, variable):
     mesh = sharding.mesh_of(Mesh(), topology.devices_of("v5p:2x2x1"))
