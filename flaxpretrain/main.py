@@ -45,6 +45,7 @@ from flaxpretrain.training.distributed import (
     initialize_distributed,
     is_failed_exchange,
 )
+from flaxpretrain.training.executables import open_executables
 from flaxpretrain.training.loop import NotFinite, train
 from flaxpretrain.training.profiling import TRACES
 from flaxpretrain.training.workdirs import local_folder
@@ -101,6 +102,13 @@ def parser() -> program.Parser:
         metavar="FOLDER",
         help="where compiled programs are kept for the next start, or none (default: "
         "compile_cache/ in the workdir)",
+    )
+    parser.add_argument(
+        "--compiled",
+        type=located,
+        metavar="FOLDER",
+        help="load the train step that tools/compile_ahead.py compiled, where it fits; a compiled "
+        "program is code: take it only from whom you trust",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     parser.add_argument(
@@ -193,6 +201,9 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
     if hparams is not None and not hparams.do_train:
         evaluate_workdir(workdir, run, hparams)
         return program.EXIT_OK
+    executables = None
+    if arguments.compiled is not None:
+        executables = open_executables(arguments.compiled)
     initial = None
     if arguments.init_from is not None:
         initial = functools.partial(
@@ -210,6 +221,7 @@ def _run(arguments: Any, argv: list[str], peers: Peers) -> int:
         quiet=arguments.quiet,
         leave=peers.leave,
         profile_steps=arguments.profile_steps,
+        executables=executables,
     )
     if arguments.profile_steps and jax.process_index() == 0:
         say_profile(local_folder(workdir))

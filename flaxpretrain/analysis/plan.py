@@ -12,18 +12,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flaxpretrain.config import Phase, Run, dataset_folder, render
+from flaxpretrain.config import Phase, Run, render
 from flaxpretrain.data.buckets import BucketedPlan
-from flaxpretrain.data.store import METADATA_FILE, Dataset
+from flaxpretrain.data.store import Dataset
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of, rule_for
-from flaxpretrain.locations import is_remote
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, assemble, stand_in_vocabulary
 from flaxpretrain.training.metrics import duration
 from flaxpretrain.training.session import (
-    open_run_dataset,
+    dataset_if_built,
     resolve_phases,
     row_plan,
     total_steps,
@@ -41,7 +40,7 @@ def print_plan(run: Run, workdir: Path, console: Console | None = None) -> None:
     console = console or Console(width=100)
     text = json.dumps(render(run), indent=2)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-    dataset = _dataset_if_built(run, workdir)
+    dataset = dataset_if_built(run, workdir)
     phases = _phases(run, dataset)
     mesh = sharding.mesh_of(run.mesh)
     assembly = assemble(run, mesh, total_steps(phases))
@@ -50,13 +49,6 @@ def print_plan(run: Run, workdir: Path, console: Console | None = None) -> None:
     for line in cost_lines(assembly, phases, vocabulary, dataset):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(schedule_picture(run, total_steps(phases)), highlight=False, markup=False)
-
-
-def _dataset_if_built(run: Run, workdir: Path) -> Dataset | None:
-    folder = dataset_folder(run, workdir)
-    if not is_remote(folder) and not (Path(folder) / METADATA_FILE).exists():
-        return None
-    return open_run_dataset(run, workdir)
 
 
 def _phases(run: Run, dataset: Dataset | None) -> tuple[Phase, ...]:

@@ -4,14 +4,12 @@ The libtpu package holds the compiler of TPUs. Whether a program fits is the com
 step time is an estimate by XLA's own cost model, and is called an estimate wherever it is shown.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,6 +25,7 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, assemble, stand_in_vocabulary
+from flaxpretrain.training.programs import lowered_step, nothing_cached, program_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,42 +198,9 @@ def lower_step(
     """
     assembly = assembled_for(run, topology, slices)
     phase = run.phases[phase_number]
-    batch = assembly.batch_spec(phase, stand_in_vocabulary(run))
-    with jax.set_mesh(assembly.mesh), _short_source_locations():
-        lowered = assembly.train_step(phase).lower(assembly.state, batch)
+    lowered = lowered_step(assembly, assembly.train_step(phase), phase, stand_in_vocabulary(run))
     known = _described(run, assembly, topology, slices, phase_number)
-    known["program_hash"] = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    return assembly, lowered, known
-
-
-def _short_source_locations() -> contextlib.AbstractContextManager[None]:
-    """Kernels carry the lines that they were written by; these name no folder and no caller.
-
-    So the program, and its hash, are the same in every checkout.
-    """
-    return _configured(
-        {
-            "jax_hlo_source_file_canonicalization_regex": ".*/",
-            "jax_include_full_tracebacks_in_locations": False,
-        }
-    )
-
-
-def nothing_cached() -> contextlib.AbstractContextManager[None]:
-    """No program goes to jax's cache of programs: one without its device cannot be read again."""
-    return _configured({"jax_persistent_cache_min_compile_time_secs": float("inf")})
-
-
-@contextlib.contextmanager
-def _configured(values: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    return assembly, lowered, known | {"program_hash": program_hash(lowered)}
 
 
 def compile_step(

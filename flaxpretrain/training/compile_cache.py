@@ -32,12 +32,12 @@ def use_compile_cache(workdir: Location, wanted: Location | None) -> None:
         return
     folder = joined(workdir, FOLDER) if wanted is None else wanted
     if on_cpu:
-        folder = joined(folder, f"cpu-{_processor():08x}")
+        folder = joined(folder, f"cpu-{processor():08x}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_SECONDS)
 
 
-def _processor() -> int:
+def processor() -> int:
     """A number for this kind of processor: programs for one may not run on another."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -183,6 +183,17 @@ def meet() -> None:
         _store().wait_at_barrier(f"flaxpretrain/meeting/{next(_meetings)}", 24 * 3600 * 1000)
 
 
+def told_by_all(text: str) -> list[str]:
+    """What each process says, in their order; all must take part."""
+    if jax.process_count() == 1:
+        return [text]
+    prefix, store = f"flaxpretrain/told/{next(_meetings)}", _store()
+    store.key_value_set(f"{prefix}/{jax.process_index()}", text)
+    meet()
+    keys = [f"{prefix}/{index}" for index in range(jax.process_count())]
+    return [store.blocking_key_value_get(key, 10_000) for key in keys]
+
+
 def _store() -> Any:
     """JAX's coordination service; None where this process is alone."""
     # It has no public name; Orbax reads it at the same place.

@@ -16,7 +16,7 @@ from flaxpretrain.training.session import write_json
 GOODPUT = "goodput.json"
 
 STEPS, DATA_WAIT = "steps", "data_wait"
-STARTUP, COMPILE = "startup", "compile"
+STARTUP, COMPILE, LOAD = "startup", "compile", "load"
 CHECKPOINT, EVALUATION = "checkpoint", "evaluation"
 PREPARE, FINISH = "prepare", "finish"
 LOST, STOPPED = "lost_work", "stopped"
@@ -25,6 +25,7 @@ ACTIVITIES = (
     STEPS,
     DATA_WAIT,
     COMPILE,
+    LOAD,
     CHECKPOINT,
     EVALUATION,
     STARTUP,
@@ -33,7 +34,9 @@ ACTIVITIES = (
     LOST,
     STOPPED,
 )
-"""`stopped` is the time between the last sign of a process and the start of the next one."""
+"""`load` stands for `compile` where a step was compiled ahead.
+
+`stopped` is the time between the last sign of a process and the start of the next one."""
 
 WRITE_SECONDS = 10.0
 """Least time between two writes of the account."""

@@ -24,11 +24,13 @@ from flaxpretrain.training.checkpoints import Checkpoints
 from flaxpretrain.training.compiler_options import compiler_options
 from flaxpretrain.training.distributed import meet
 from flaxpretrain.training.evaluate import due_evaluations
+from flaxpretrain.training.executables import Executables, Loader
 from flaxpretrain.training.goodput import (
     CHECKPOINT,
     COMPILE,
     DATA_WAIT,
     FINISH,
+    LOAD,
     PREPARE,
     STARTUP,
     STEPS,
@@ -80,6 +82,7 @@ def train(
     quiet: bool = False,
     leave: Callable[[int, str], None] = lambda code, reason: None,
     profile_steps: range = range(0),
+    executables: Executables | None = None,
 ) -> int:
     """Trains a run in its workdir from the newest checkpoint there, or from the start.
 
@@ -91,6 +94,7 @@ def train(
         quiet: no progress on the terminal.
         leave: tells the other processes of the run why the watchdog ends this one.
         profile_steps: numbers of steps to trace, into tensorboard/ in the workdir.
+        executables: steps that were compiled ahead, to be loaded where they fit.
 
     Returns:
         The exit code: 0 done, 75 preempted and saved.
@@ -144,7 +148,7 @@ def train(
             try:
                 with profiling:
                     parts = checkpoints, writers, identity, ledger, events, opened
-                    code = _Training(session, *parts).run(profiling)
+                    code = _Training(session, *parts, executables).run(profiling)
                 checkpoints.close()
                 return code
             except BaseException:
@@ -191,10 +195,15 @@ class _Training:
         ledger: Ledger,
         events: Events,
         workdir: Workdir,
+        executables: Executables | None = None,
     ) -> None:
         self._session, self._checkpoints = session, checkpoints
         self._ledger, self._events = ledger, events
-        self._compiler_options = compiler_options(session.assembly.mesh)
+        options = self._compiler_options = compiler_options(session.assembly.mesh)
+        self._loader = None
+        if executables is not None:
+            facts = session.assembly, session.dataset.vocabulary, session.total_steps, options
+            self._loader = Loader(executables, *facts, session.say)
         self._meter = Meter(session)
         self._reporter = Reporter(session, self._meter, writers, ledger)
         self._detector = None
@@ -244,7 +253,8 @@ class _Training:
     def _run_phase(self, phase: Phase, last: int, preemption: Preemption) -> bool:
         """Runs the steps of a phase that are left; True when asked to stop."""
         session = self._session
-        step_function = _StepFunction(session.assembly.train_step(phase, self._compiler_options))
+        step = session.assembly.train_step(phase, self._compiler_options)
+        step_function = _StepFunction(step, self._loader)
         flops: dict[Phase, float] = {}
         while session.step < last:
             with contextlib.suppress(_Rewound):
@@ -269,8 +279,7 @@ class _Training:
                 placed = sharding.to_device(self._next(batches), assembly.mesh, shape.batch_size)
                 if shape not in flops:
                     # The first call of a shape compiles: its time is nobody's speed.
-                    ledger.enter(COMPILE)
-                    step_function.compile(shape, session.state, placed)
+                    step_function.make_ready(ledger, shape, session.state, placed)
                     session.state, metrics = step_function(shape, session.state, placed)
                     jax.block_until_ready(metrics)
                     flops[shape] = assembly.flops_per_step(shape, session.dataset.vocabulary)
@@ -358,19 +367,29 @@ class _Rewound(Exception):
 
 
 class _StepFunction:
-    """A jitted step function and, where there are several processes, its compiled shapes."""
+    """A jitted step function and, if loaded or if there are several processes, its programs."""
 
-    def __init__(self, function: Any) -> None:
-        self._function, self._compiled = function, {}
+    def __init__(self, function: Any, loader: Loader | None) -> None:
+        self._function, self._loader, self._compiled = function, loader, {}
 
-    def compile(self, shape: Phase, *arguments: Any) -> None:
-        """Compiles where there are several processes: none runs before all have.
+    def make_ready(self, ledger: Ledger, shape: Phase, *arguments: Any) -> None:
+        """Loads the program that was compiled ahead, or compiles.
 
-        The first one would else wait in its first exchange, which ends after 30 s on CPUs.
+        None of several processes runs before all have: the first one would else wait in its first
+        exchange, which ends after 30 s on CPUs. One process alone compiles when it calls.
         """
-        if jax.process_count() > 1:
-            self._compiled[shape] = self._function.lower(*arguments).compile()
-            meet()
+        if self._loader is not None:
+            ledger.enter(LOAD)
+            lowered, compiled = self._loader.load(self._function, shape)
+            if compiled is None:
+                ledger.enter(COMPILE)
+                compiled = lowered.compile()
+            self._compiled[shape] = compiled
+        else:
+            ledger.enter(COMPILE)
+            if jax.process_count() > 1:
+                self._compiled[shape] = self._function.lower(*arguments).compile()
+        meet()
 
     def __call__(self, shape: Phase, *arguments: Any) -> Any:
         return self._compiled.get(shape, self._function)(*arguments)

@@ -24,8 +24,9 @@ from flaxpretrain.data.mixing import MixedData, MixedDataset, Mixing, Stretch, o
 from flaxpretrain.data.pipeline import Batches, Pipeline, resolve
 from flaxpretrain.data.rows import RowPlan
 from flaxpretrain.data.sections import plan_rows
-from flaxpretrain.data.store import TOKENIZER_FOLDER, Dataset, open_dataset
+from flaxpretrain.data.store import METADATA_FILE, TOKENIZER_FOLDER, Dataset, open_dataset
 from flaxpretrain.errors import UserError
+from flaxpretrain.locations import is_remote
 from flaxpretrain.training.assembly import Assembly
 from flaxpretrain.training.state import TrainState
 
@@ -136,6 +137,18 @@ def open_run_dataset(run: Run, workdir: Path) -> Dataset:
     return dataset
 
 
+def dataset_if_built(run: Run, workdir: Path) -> Dataset | None:
+    """The dataset of a run, checked against its model; None where its folder has none yet.
+
+    Raises:
+        UserError: as `open_run_dataset`; a dataset behind a URL must be there.
+    """
+    folder = dataset_folder(run, workdir)
+    if not is_remote(folder) and not (Path(folder) / METADATA_FILE).exists():
+        return None
+    return open_run_dataset(run, workdir)
+
+
 def keep_tokenizer(dataset: Dataset, workdir: Path, write: bool) -> None:
     """Copies the dataset's tokenizer into a workdir that has none, so that it stands by itself.
 
@@ -204,6 +217,28 @@ def row_plan(
 def resolve_phases(run: Run, dataset: Dataset) -> tuple[Phase, ...]:
     """The phases of a run with lengths in steps."""
     return resolve(run.phases, lambda length: row_plan(run, dataset, run.data, length))
+
+
+def step_shapes(run: Run, dataset: Dataset | None, phases: tuple[Phase, ...]) -> list[Phase]:
+    """The shapes of the steps of resolved phases: one a phase, or one a length in buckets.
+
+    Raises:
+        UserError: rows go to buckets, and there is no dataset that tells which have any.
+    """
+    if not isinstance(run.data.layout, LengthBuckets):
+        return list(phases)
+    if dataset is None:
+        raise UserError(
+            "data.layout LengthBuckets: only the dataset tells which lengths have rows: build it "
+            "first, or name it with --data-dir"
+        )
+    plans = [(phase, row_plan(run, dataset, run.data, phase.length)) for phase in phases]
+    return [
+        plan.shaped(phase, length)
+        for phase, plan in plans
+        if isinstance(plan, BucketedPlan)
+        for length in plan.plans
+    ]
 
 
 def open_pipeline(

@@ -20,6 +20,7 @@ BACKSTOP_SECONDS = 60.0
 _FIELDS = {
     goodput.STARTUP: "startup_seconds",
     goodput.COMPILE: "startup_seconds",
+    goodput.LOAD: "startup_seconds",
     goodput.STEPS: "step_seconds",
     goodput.DATA_WAIT: "step_seconds",
     goodput.CHECKPOINT: "save_seconds",

@@ -8,6 +8,7 @@ from flaxpretrain.config import Mesh
 from flaxpretrain.hardware import overlap_options
 from flaxpretrain.training import sharding
 from flaxpretrain.training.compiler_options import accepted, compiler_options
+from flaxpretrain.training.programs import nothing_cached
 from tests import toys
 
 UNKNOWN = {"xla_tpu_no_such_option": True}
@@ -37,7 +38,7 @@ def test_a_whole_step_compiles_with_them(libtpu):
     phase = run.phases[0]
     options = compiler_options(assembly.mesh, {})
     assert options == overlap_options("TPU v5 lite")
-    with jax.set_mesh(assembly.mesh), topology.nothing_cached():
+    with jax.set_mesh(assembly.mesh), nothing_cached():
         batch = assembly.batch_spec(phase, toys.VOCABULARY)
         assembly.train_step(phase, options).lower(assembly.state, batch).compile()
 
