@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.hardware import HardwareRule, rule_for
+from flaxpretrain.hardware import MATMULS, HardwareRule, rule_for
 from flaxpretrain.locations import Location, is_remote, located
 from flaxpretrain.overrides import coerce, nearest
 from flaxpretrain.rendering import completed, flatten, parse, render
@@ -175,23 +175,25 @@ class Precision:
 
     compute: float16, for devices without bfloat16 such as V100 and T4, scales the loss.
     reduce: of gradients while they are summed over devices; bfloat16 halves the bytes sent.
+    matmul: of the layers' matrix products; one of `flaxpretrain.hardware.MATMULS`.
     """
 
     compute: str = "float32"
     params: str = "float32"
     reduce: str = "float32"
+    matmul: str = "default"
 
     def __post_init__(self) -> None:
         """Raises UserError on an unknown format."""
-        _require(
-            self.compute in ("float32", "bfloat16", "float16"),
-            f"precision.compute must be float32, bfloat16 or float16; got {self.compute}",
-        )
-        _require(
-            self.reduce in ("float32", "bfloat16"),
-            f"precision.reduce must be float32 or bfloat16; got {self.reduce}",
-        )
-        _require(self.params == "float32", f"precision.params must be float32; got {self.params}")
+        for name, known in (
+            ("compute", ("float32", "bfloat16", "float16")),
+            ("reduce", ("float32", "bfloat16")),
+            ("params", ("float32",)),
+            ("matmul", MATMULS),
+        ):
+            value, words = getattr(self, name), [", ".join(known[:-1]), known[-1]]
+            expected = " or ".join(filter(None, words))
+            _require(value in known, f"precision.{name} must be {expected}; got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,45 +10,81 @@ from typing import Any
 
 from flaxpretrain.errors import UserError
 
+MATMULS = ("default", "int8", "int8_forward", "fp8", "fp8_forward")
+"""What `precision.matmul` may say of the matrix products of layers with their parameters.
+
+`default` computes them as all else, in `precision.compute`; the others in numbers of 8 bits, in
+forward and backward pass or in the forward pass alone.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Dense bfloat16 matmul peak, and memory, of one device as jax counts devices."""
+    """Dense matmul peaks in operations a second, and memory, of one device as jax counts devices.
+
+    `flops_per_second` is that of bfloat16; `int8` and `fp8` are None where the maker states none.
+    """
 
     name: str
     flops_per_second: float
     memory_bytes: float
+    _: dataclasses.KW_ONLY
+    int8: float | None = None
+    fp8: float | None = None
+
+    def of_step(self, matmul: str) -> float:
+        """The peak of a step whose matrix products are computed in one of `MATMULS`.
+
+        As if all of them were, attention and the heads too, so that MFU flatters no run. Of a step
+        with 8 bits in the forward pass alone it is what a third of its FLOPs at the one peak and
+        two thirds at the other come to.
+
+        Raises:
+            UserError: the device has no units for such numbers.
+        """
+        if matmul == "default":
+            return self.flops_per_second
+        kind, _, forward_alone = matmul.partition("_")
+        fast = {"int8": self.int8, "fp8": self.fp8}[kind]
+        if fast is None:
+            others = [name for name in ("int8", "fp8") if getattr(self, name) and name != kind]
+            raise UserError(
+                f"precision.matmul: no peak of {self.name} is stated for {matmul}: set it to "
+                f"{' or '.join([*others, 'default'])}"
+            )
+        return 3.0 / (1.0 / fast + 2.0 / self.flops_per_second) if forward_alone else fast
 
 
 _GIB = 2.0**30
 
 PEAKS: tuple[tuple[str, Peak], ...] = (
     # Cloud TPU system architecture pages; chip figures, which for v2 and v3 are two jax devices.
+    # fp8: the page of TPU7x, which compares three generations; int8 of v5p: its announcement.
     (r"TPU v2", Peak("TPU v2 core", 22.5e12, 8 * _GIB)),
     (r"TPU v3", Peak("TPU v3 core", 61.5e12, 16 * _GIB)),
-    (r"TPU v4$", Peak("TPU v4", 275e12, 32 * _GIB)),
-    (r"TPU v5 ?lite|TPU v5e", Peak("TPU v5e", 197e12, 16 * _GIB)),
-    (r"TPU v5p?$", Peak("TPU v5p", 459e12, 95 * _GIB)),
-    (r"TPU v6 ?lite|TPU v6e", Peak("TPU v6e", 918e12, 32 * _GIB)),
+    (r"TPU v4$", Peak("TPU v4", 275e12, 32 * _GIB, int8=275e12)),
+    (r"TPU v5 ?lite|TPU v5e", Peak("TPU v5e", 197e12, 16 * _GIB, int8=393e12)),
+    (r"TPU v5p?$", Peak("TPU v5p", 459e12, 95 * _GIB, int8=918e12, fp8=459e12)),
+    (r"TPU v6 ?lite|TPU v6e", Peak("TPU v6e", 918e12, 32 * _GIB, int8=1836e12, fp8=918e12)),
     # One Ironwood chip shows as two devices.
-    (r"TPU ?v?7x?", Peak("TPU7x core", 1153.5e12, 96 * _GIB)),
+    (r"TPU ?v?7x?", Peak("TPU7x core", 1153.5e12, 96 * _GIB, fp8=2307e12)),
     # NVIDIA data sheets, without sparsity, SXM where there is a choice.
-    (r"GB200|B200", Peak("B200", 2250e12, 180 * _GIB)),
-    (r"GH200", Peak("GH200", 989e12, 96e9)),
-    (r"H200", Peak("H200", 989e12, 141e9)),
-    (r"H100.*PCIe", Peak("H100 PCIe", 756e12, 80e9)),
-    (r"H100 NVL", Peak("H100 NVL", 835e12, 94e9)),
-    (r"H100", Peak("H100", 989e12, 80e9)),
-    (r"A100", Peak("A100", 312e12, 80e9)),
-    (r"A10G", Peak("A10G", 70e12, 24e9)),
-    (r"A10\b", Peak("A10", 125e12, 24e9)),
-    (r"L40S", Peak("L40S", 362e12, 48e9)),
-    (r"\bL4\b", Peak("L4", 121e12, 24e9)),
-    (r"RTX 4090", Peak("RTX 4090", 165e12, 24e9)),
-    (r"RTX 3090", Peak("RTX 3090", 71e12, 24e9)),
+    (r"GB200|B200", Peak("B200", 2250e12, 180 * _GIB, int8=4500e12, fp8=4500e12)),
+    (r"GH200", Peak("GH200", 989e12, 96e9, int8=1979e12, fp8=1979e12)),
+    (r"H200", Peak("H200", 989e12, 141e9, int8=1979e12, fp8=1979e12)),
+    (r"H100.*PCIe", Peak("H100 PCIe", 756e12, 80e9, int8=1513e12, fp8=1513e12)),
+    (r"H100 NVL", Peak("H100 NVL", 835e12, 94e9, int8=1671e12, fp8=1671e12)),
+    (r"H100", Peak("H100", 989e12, 80e9, int8=1979e12, fp8=1979e12)),
+    (r"A100", Peak("A100", 312e12, 80e9, int8=624e12)),
+    (r"A10G", Peak("A10G", 70e12, 24e9, int8=140e12)),
+    (r"A10\b", Peak("A10", 125e12, 24e9, int8=250e12)),
+    (r"L40S", Peak("L40S", 362e12, 48e9, int8=733e12, fp8=733e12)),
+    (r"\bL4\b", Peak("L4", 121e12, 24e9, int8=242e12, fp8=242e12)),
+    (r"RTX 4090", Peak("RTX 4090", 165e12, 24e9, int8=660e12, fp8=330e12)),
+    (r"RTX 3090", Peak("RTX 3090", 71e12, 24e9, int8=284e12)),
     # No bfloat16 units: the float16 peak, for scale.
     (r"V100", Peak("V100 (float16)", 125e12, 32e9)),
-    (r"\bT4\b", Peak("T4 (float16)", 65e12, 16e9)),
+    (r"\bT4\b", Peak("T4 (float16)", 65e12, 16e9, int8=130e12)),
 )
 
 

@@ -62,6 +62,7 @@ def test_setting_the_tokens_of_a_phase_replaces_its_steps():
         ("batch_size", "0", "must be positive"),
         ("precision.compute", "float8", "float32, bfloat16 or float16"),
         ("precision.reduce", "float16", "float32 or bfloat16"),
+        ("precision.matmul", "int4", "default, int8, int8_forward, fp8 or fp8_forward; got int4"),
     ],
 )
 def test_a_bad_override_is_one_clear_line(name, text, message):

@@ -3,7 +3,13 @@
 import pytest
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.hardware import HardwareRule, has_flash_attention, peak_of, rule_for
+from flaxpretrain.hardware import (
+    PEAKS,
+    HardwareRule,
+    has_flash_attention,
+    peak_of,
+    rule_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +54,43 @@ def test_a_device_kind_has_its_peak(device_kind, name):
 )
 def test_an_unknown_kind_has_none_rather_than_a_relative_s(device_kind):
     assert peak_of(device_kind) is None
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "matmul", "tera"),
+    [
+        ("TPU v5 lite", "default", 197),
+        ("TPU v5 lite", "int8", 393),
+        ("TPU v5p", "int8", 918),
+        ("TPU v6 lite", "int8", 1836),
+        ("TPU7x", "fp8", 2307),
+        ("NVIDIA H200", "fp8", 1979),
+        # A third of the FLOPs are the forward pass's: 1 / (1/3 / 393 + 2/3 / 197).
+        ("TPU v5 lite", "int8_forward", 236.28),
+    ],
+)
+def test_the_peak_of_a_step_is_that_of_the_numbers_it_multiplies(device_kind, matmul, tera):
+    assert peak_of(device_kind).of_step(matmul) == pytest.approx(tera * 1e12, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "matmul", "message"),
+    [
+        ("TPU v5 lite", "fp8", "no peak of TPU v5e is stated for fp8: set it to int8 or default"),
+        ("TPU v3", "int8_forward", "TPU v3 core is stated for int8_forward: set it to default"),
+        ("TPU7x", "int8", "TPU7x core is stated for int8: set it to fp8 or default"),
+    ],
+)
+def test_a_device_without_units_for_a_format_is_one_clear_line(device_kind, matmul, message):
+    with pytest.raises(UserError, match=message) as error:
+        peak_of(device_kind).of_step(matmul)
+    assert "\n" not in str(error.value)
+
+
+def test_narrower_numbers_are_never_slower():
+    for _, peak in PEAKS:
+        for fast in (peak.int8, peak.fp8):
+            assert fast is None or fast >= peak.flops_per_second
 
 
 RULES = (

@@ -116,8 +116,9 @@ def surroundings(run: Run, mesh: jax.sharding.Mesh) -> dict:
         "devices": mesh.size,
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "precision": run.precision.compute,
+        "matmul": run.precision.matmul,
         "remat": run.remat,
-        "peak_flops_per_second": None if peak is None else peak.flops_per_second,
+        "peak_flops_per_second": None if peak is None else peak.of_step(run.precision.matmul),
         "peak_of": None if peak is None else peak.name,
         "mfu_formula": throughput.FORMULA,
         "packages": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
@@ -138,7 +139,8 @@ def show(result: dict, found: list[throughput.Figures]) -> None:
         table = Table(
             title=f"{result['recipe']}, phase {figures.phase}: {figures.batch_size} rows of "
             f"{figures.length}, {result['devices']} x {result['device_kind']}, "
-            f"{result['precision']}, {result['attention']} attention"
+            f"{result['precision']}, {result['matmul']} matrix products, "
+            f"{result['attention']} attention"
         )
         table.add_column("measured")
         for name in ("ms a step", "tokens/s", "tokens/s a device", "TFLOP/s a device", "MFU"):

@@ -229,7 +229,7 @@ def table(report: Report) -> Table:
     out.add_row(
         "how",
         f"{report.attention} attention, remat {report.remat}, layers "
-        f"{'scanned' if report.scan_layers else 'unrolled'}, "
+        f"{'scanned' if report.scan_layers else 'unrolled'}, {report.matmul} matrix products, "
         f"compiled in {report.compile_seconds:.0f} s",
     )
     out.add_row("fits", f"{'yes' if report.fits else 'NO'}: {report.verdict}")

@@ -90,6 +90,8 @@ def cost_lines(
     lines = [f"devices: {count} x {device.device_kind}, mesh {axes}"]
     if rule := rule_for(run.hardware, device.device_kind, count):
         lines.append(str(rule))
+    if (matmul := run.precision.matmul) != "default":
+        lines.append(f"matrix products of the layers: {matmul}")
     flops = 0.0
     positions = 0
     for number, phase in enumerate(phases):
@@ -113,8 +115,9 @@ def cost_lines(
     if dataset is None:
         lines.append("dataset: not built yet, so epochs are not known")
     peak = peak_of(device.device_kind)
-    rate = peak.flops_per_second * ASSUMED_MFU if peak else ASSUMED_CPU_FLOPS_PER_SECOND
-    basis = f"{ASSUMED_MFU:.0%} of {peak.name}'s peak" if peak else "60 GFLOP/s"
+    rate = peak.of_step(matmul) * ASSUMED_MFU if peak else ASSUMED_CPU_FLOPS_PER_SECOND
+    kind = "peak" if matmul == "default" else f"{matmul} peak"
+    basis = f"{ASSUMED_MFU:.0%} of {peak.name}'s {kind}" if peak else "60 GFLOP/s"
     seconds = flops / rate
     lines.append(
         f"compute: {flops:.3g} FLOP, about {seconds / 3600:.3g} device-hours, "

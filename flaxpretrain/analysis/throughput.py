@@ -19,7 +19,6 @@ from flaxpretrain.config import Phase
 from flaxpretrain.data.pipeline import Batches
 from flaxpretrain.data.store_writer import SplitWriter, id_type, write_metadata
 from flaxpretrain.data.vocabulary import Vocabulary
-from flaxpretrain.hardware import peak_of
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, framing_of, random_batch
 from flaxpretrain.training.compiler_options import compiler_options
@@ -27,7 +26,8 @@ from flaxpretrain.training.compiler_options import compiler_options
 FORMULA = (
     "MFU = formula FLOPs of a step / (step seconds * devices * peak FLOP/s); the formula counts "
     "the matrix products of forward and backward pass, the vocabulary at masked slots only, and "
-    "no recomputation"
+    "no recomputation; with precision.matmul in 8 bits the peak is that of 8 bits, as if all "
+    "products were"
 )
 
 WINDOWS = 5
@@ -111,8 +111,7 @@ class Bench:
         self._assembly, self._phase, self._pipeline = assembly, phase, pipeline
         self.devices = int(np.size(assembly.mesh.devices))
         self.flops = assembly.flops_per_step(phase, vocabulary)
-        peak = peak_of(assembly.mesh.devices.flat[0].device_kind)
-        self._peak = None if peak is None else peak.flops_per_second
+        self._peak = assembly.peak_flops_per_second
         spec = assembly.batch_spec(phase, vocabulary)
         framing = framing_of(assembly.run, vocabulary, phase.length)
         synthetic = random_batch(spec, framing)

@@ -155,6 +155,7 @@ class Report:
     program_hash: str
     fits: bool
     verdict: str
+    matmul: str = "default"
     needed_bytes: int | None = None
     available_bytes: int | None = None
     argument_bytes: int | None = None
@@ -267,6 +268,7 @@ def _described(
         "attention": assembly.execution.attention,
         "remat": assembly.execution.remat,
         "scan_layers": assembly.execution.scan,
+        "matmul": assembly.execution.matmul,
         "tokens_per_step_per_chip": phase.batch_size * phase.length / chips,
         "formula_flops": assembly.flops_per_step(phase, stand_in_vocabulary(run)),
         "parameter_bytes": device_bytes(assembly.state.params),
@@ -313,7 +315,7 @@ def _estimate(text: str, topology: str, known: dict[str, Any]) -> dict[str, Any]
         "custom_call_seconds": kernels,
         "estimated_step_seconds": seconds,
         "estimated_tokens_per_second_per_chip": known["tokens_per_step_per_chip"] / seconds,
-        "estimated_mfu": flops / seconds / peak.flops_per_second,
+        "estimated_mfu": flops / seconds / peak.of_step(known["matmul"]),
         "collective_bytes": dict(sums.collective_bytes),
         "collective_counts": dict(sums.collective_counts),
         "notes": tuple(notes),

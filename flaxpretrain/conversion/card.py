@@ -235,7 +235,10 @@ def _training(facts: Facts) -> str:
                 f"{n} {json.dumps(v)}" for n, v in value.items() if n != "class" and v is not None
             )
             rows.append((field, f"{_class_name(value)}: {settings}"))
-    rows.append(("precision", (run.get("precision") or {}).get("compute", "")))
+    formats = run.get("precision") or {}
+    narrow = formats.get("matmul", "default")
+    also = "" if narrow == "default" else f", {narrow} matrix products"
+    rows.append(("precision", f"{formats.get('compute', '')}{also}"))
     devices = facts.environment.get("devices", {})
     if devices:
         rows.append(("devices", f"{devices.get('count')} x {devices.get('kind')}"))

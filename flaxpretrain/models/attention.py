@@ -25,6 +25,7 @@ from flaxpretrain.models.layers import (
 )
 from flaxpretrain.models.memory import Kept
 from flaxpretrain.models.partition import context_size, flat, on_each_device, whole_rows
+from flaxpretrain.models.quantization import einsum, matmul
 from flaxpretrain.models.row_attention import LANES, row_attention, side_by_side, takes
 from flaxpretrain.models.splash import splash_attention
 
@@ -288,9 +289,9 @@ class Merge(nnx.Module):
         kernel = self.kernel[...]
         if layout == "BLH":
             rows = context.reshape(-1, context.shape[-1])
-            y = (rows @ kernel.reshape(rows.shape[-1], -1)).reshape(*context.shape[:2], -1)
+            y = matmul(rows, kernel.reshape(rows.shape[-1], -1)).reshape(*context.shape[:2], -1)
         else:
-            y = jnp.einsum(f"{layout},HKD->BLD", context, kernel)
+            y = einsum(f"{layout},HKD->BLD", context, kernel)
         if self.bias is None:
             return y
         return add_bias(flat(y), self.bias[...]).reshape(y.shape)
@@ -301,7 +302,7 @@ def project(
 ) -> Float[Array, "n ..."]:
     """Several projections, each scaled, by one matrix product straight in the given layout."""
     kernels, biases = _scaled(heads, scales)
-    y = jnp.einsum(f"BLD,nDHK->n{layout}", x, jnp.stack(kernels))
+    y = einsum(f"BLD,nDHK->n{layout}", x, jnp.stack(kernels))
     if not biases:
         return y
     without = [i + 1 for i, letter in enumerate(layout) if letter in "BL"]
@@ -314,7 +315,7 @@ def project_side_by_side(
     """Several projections, each scaled, as `row_attention` takes them: one plain matrix product."""
     kernels, biases = _scaled(heads, scales)
     kernel = side_by_side([k.reshape(len(k), -1) for k in kernels])
-    y = x.reshape(-1, x.shape[-1]) @ kernel
+    y = matmul(x.reshape(-1, x.shape[-1]), kernel)
     if biases:
         y = add_bias(y, side_by_side([bias.reshape(-1) for bias in biases]))
     return y.reshape(*x.shape[:2], -1)

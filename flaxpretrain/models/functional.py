@@ -22,33 +22,50 @@ from flaxpretrain.models.partition import over_context
 ATTENTION_CONTEXT = "attention_context"
 """Name under which attention's output is kept by the policies that save it."""
 
+LAYER_PRODUCT = "layer_product"
+"""Name of a product of 8 bits, scaled back: what policies keep in place of its wider sum."""
+
+Policy = Callable[..., Any]
+
 _POLICIES = jax.checkpoint_policies
 _SAVE_ATTENTION = _POLICIES.save_only_these_names(ATTENTION_CONTEXT)
+_SAVE_PRODUCTS = _POLICIES.save_only_these_names(LAYER_PRODUCT)
 
 _ONTO_HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
-_OFFLOAD_DOTS = _POLICIES.offload_dot_with_no_batch_dims(**_ONTO_HOST)
-_OFFLOAD_ATTENTION = _POLICIES.save_and_offload_only_these_names(
-    names_which_can_be_saved=(), names_which_can_be_offloaded=(ATTENTION_CONTEXT,), **_ONTO_HOST
-)
 
 
-def _offload_dots_and_attention(prim: Any, *args: Any, **params: Any) -> Any:
-    """What `dots_save_attention` saves; jax's own helper joins no policies that offload."""
-    policy = _OFFLOAD_ATTENTION if prim.name == "name" else _OFFLOAD_DOTS
-    return policy(prim, *args, **params)
+def _offload_names(*names: str) -> Policy:
+    return _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=(), names_which_can_be_offloaded=names, **_ONTO_HOST
+    )
 
 
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+def _by_primitive(dots: Policy, names: Policy) -> Policy:
+    """One policy for matrix products but those of 8 bits, which have names, another for names."""
+
+    def policy(prim: Any, *args: Any, **params: Any) -> Any:
+        if prim.name == "dot_general" and args[0].dtype.itemsize == 1:
+            return False
+        return (names if prim.name == "name" else dots)(prim, *args, **params)
+
+    return policy
+
+
+_SAVE_BOTH = _POLICIES.save_from_both_policies(_SAVE_PRODUCTS, _SAVE_ATTENTION)
+
+
+REMAT_POLICIES: dict[str, Policy | None] = {
     "none": None,
     "full": _POLICIES.nothing_saveable,
-    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _SAVE_ATTENTION),
-    "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,
+    "dots": _by_primitive(_POLICIES.dots_saveable, _SAVE_BOTH),
+    "dots_no_batch": _by_primitive(_POLICIES.dots_with_no_batch_dims_saveable, _SAVE_PRODUCTS),
     "save_attention": _SAVE_ATTENTION,
-    "dots_save_attention": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    "dots_save_attention": _by_primitive(_POLICIES.dots_with_no_batch_dims_saveable, _SAVE_BOTH),
+    "offload_dots": _by_primitive(
+        _POLICIES.offload_dot_with_no_batch_dims(**_ONTO_HOST),
+        _offload_names(ATTENTION_CONTEXT, LAYER_PRODUCT),
     ),
-    "offload_dots": _offload_dots_and_attention,
-    "offload_attention": _OFFLOAD_ATTENTION,
+    "offload_attention": _offload_names(ATTENTION_CONTEXT),
 }
 """What the backward pass finds saved, by name.
 
@@ -63,17 +80,20 @@ the host's memory, and back in the backward pass: device memory for transfers.
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model runs on the hardware at hand; never what it computes.
+    """How a model runs on the hardware at hand; never what it computes, but for `matmul`.
 
     attention: name of an attention backend (`flaxpretrain.models.attention.BACKENDS`).
     remat: name of a policy in `REMAT_POLICIES`, applied per layer.
     scan: one compiled layer in a loop; False unrolls the layers, for more speed and longer
         compilation.
+    matmul: number format of the layers' products with parameters, one of
+        `flaxpretrain.hardware.MATMULS`; see `flaxpretrain.models.quantization`.
     """
 
     attention: str = "xla"
     remat: str = "none"
     scan: bool = True
+    matmul: str = "default"
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -86,21 +106,33 @@ _DEFAULT = Execution()
 _EXECUTION: contextvars.ContextVar[Execution] = contextvars.ContextVar(
     "execution", default=_DEFAULT
 )
+_MATMUL: contextvars.ContextVar[str] = contextvars.ContextVar("matmul", default="default")
 
 
 @contextlib.contextmanager
 def executing(execution: Execution) -> Iterator[None]:
     """Traces every model inside the block the given way. Enter it inside the jitted function."""
-    token = _EXECUTION.set(execution)
+    with _set(_EXECUTION, execution):
+        yield
+
+
+@contextlib.contextmanager
+def _set(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _EXECUTION.reset(token)
+        variable.reset(token)
 
 
 def execution() -> Execution:
     """How models are traced here."""
     return _EXECUTION.get()
+
+
+def layer_matmul() -> str:
+    """Number format of the products with parameters traced here: `default` outside of layers."""
+    return _MATMUL.get()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +208,8 @@ def scan(
     def body(x, inputs):
         state, number, more = inputs
         further = () if each is None else (more,)
-        x = apply(nnx.merge(graph, state), over_context(x), fold(keys, number), *further)
+        with _set(_MATMUL, way.matmul):
+            x = apply(nnx.merge(graph, state), over_context(x), fold(keys, number), *further)
         return over_context(x), None
 
     if way.remat != "none":

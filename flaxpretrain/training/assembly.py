@@ -21,8 +21,8 @@ from flaxpretrain.config import Phase, Run
 from flaxpretrain.data.framing import Framing
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
-from flaxpretrain.hardware import has_flash_attention
-from flaxpretrain.models import attention
+from flaxpretrain.hardware import has_flash_attention, peak_of
+from flaxpretrain.models import attention, quantization
 from flaxpretrain.models.functional import REMAT_POLICIES, Execution, Model, model_of
 from flaxpretrain.training import sharding
 from flaxpretrain.training.guard import guard_of, guarded
@@ -107,6 +107,12 @@ class Assembly:
             for name, (shape, dtype) in framing.spec(phase.batch_size).items()
         }
 
+    @property
+    def peak_flops_per_second(self) -> float | None:
+        """What a device does at best in the number formats of the run; None where it is unknown."""
+        peak = peak_of(self.mesh.devices.flat[0].device_kind)
+        return None if peak is None else peak.of_step(self.run.precision.matmul)
+
     def flops_per_step(self, phase: Phase, vocabulary: Vocabulary) -> float:
         """Model FLOPs of one training step over all devices, by the architecture's formula."""
         spec = self.batch_spec(phase, vocabulary)
@@ -123,6 +129,7 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
     check_interface(run, model)
     check_batch(run)
     check_context(run, mesh)
+    check_matmul(run, mesh.devices.flat[0])
     abstract_params = model.abstract()
     optimizer = make_optimizer(
         run.optimizer, run.schedule, total_steps, abstract_params, groups=run.objective.groups
@@ -147,6 +154,7 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
         attention=attention_backend(run, mesh.devices.flat[0]),
         remat=remat_policy(run),
         scan=run.scan_layers,
+        matmul=run.precision.matmul,
     )
     return Assembly(run, mesh, model, optimizer, state, execution, updates if splits else None)
 
@@ -193,6 +201,18 @@ def attention_backend(run: Run, device: Any) -> str:
     ):
         return "xla"
     return {"tpu": "rows", "gpu": "cudnn"}.get(device.platform, "xla")
+
+
+def check_matmul(run: Run, device: Any) -> None:
+    """Raises UserError where products in 8 bits lack their package, or a device of jax has none.
+
+    A device whose peak is not known computes them somehow, as a CPU does.
+    """
+    peak = peak_of(device.device_kind)
+    if peak is not None:
+        peak.of_step(run.precision.matmul)
+    if run.precision.matmul != "default":
+        quantization.library()
 
 
 def check_interface(run: Run, model: Model) -> None:

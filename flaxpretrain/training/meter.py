@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxpretrain.hardware import peak_of
 from flaxpretrain.training.session import Session
 from flaxpretrain.training.step import StepMetrics
 
@@ -26,8 +25,7 @@ class Meter:
         self._flops = 0.0
         mesh = session.assembly.mesh
         self._devices = int(np.size(mesh.devices))
-        peak = peak_of(mesh.devices.flat[0].device_kind)
-        self._peak = peak.flops_per_second if peak else None
+        self._peak = session.assembly.peak_flops_per_second
 
     def start_clock(self) -> None:
         """Forgets the time since the last figures, which was not spent on steps."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flaxpretrain.analysis import plan
 from flaxpretrain.analysis.throughput import synthetic_dataset
-from flaxpretrain.config import Data, Phase, render
+from flaxpretrain.config import Data, Phase, Precision, render
 from flaxpretrain.data.rows import Blocks
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import HardwareRule
@@ -50,6 +50,13 @@ def test_the_rule_for_the_devices_is_shown(tmp_path):
     rules = (HardwareRule("cpu", {"remat": "full"}, tokens_per_device=64),)
     text = printed(toys.run(hardware=rules), tmp_path)
     assert "hardware rule 'cpu': remat = full, at most 64 tokens a device at once" in text
+
+
+def test_products_in_8_bits_are_shown(tmp_path):
+    pytest.importorskip("qwix")
+    text = printed(toys.run(precision=Precision(matmul="int8_forward")), tmp_path)
+    assert "matrix products of the layers: int8_forward" in text
+    assert "matrix products" not in printed(toys.run(), tmp_path)
 
 
 def test_with_a_dataset_the_plan_counts_epochs_and_padding(tmp_path):
