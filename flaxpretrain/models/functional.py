@@ -130,6 +130,11 @@ def execution() -> Execution:
     return _EXECUTION.get()
 
 
+def multiplying(matmul: str) -> contextlib.AbstractContextManager[None]:
+    """Traces products with parameters inside the block in one of `hardware.MATMULS`."""
+    return _set(_MATMUL, matmul)
+
+
 def layer_matmul() -> str:
     """Number format of the products with parameters traced here: `default` outside of layers."""
     return _MATMUL.get()
@@ -208,7 +213,7 @@ def scan(
     def body(x, inputs):
         state, number, more = inputs
         further = () if each is None else (more,)
-        with _set(_MATMUL, way.matmul):
+        with multiplying(way.matmul):
             x = apply(nnx.merge(graph, state), over_context(x), fold(keys, number), *further)
         return over_context(x), None
 

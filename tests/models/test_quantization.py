@@ -10,9 +10,16 @@ import pytest
 
 from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import MATMULS
-from flaxpretrain.models import functional, quantization
+from flaxpretrain.models import quantization
 from flaxpretrain.models.albert import AlbertConfig
-from flaxpretrain.models.functional import REMAT_POLICIES, Execution, cast, executing, model_of
+from flaxpretrain.models.functional import (
+    REMAT_POLICIES,
+    Execution,
+    cast,
+    executing,
+    model_of,
+    multiplying,
+)
 from tests import toys
 from tests.tolerances import EIGHT_BITS
 
@@ -35,7 +42,7 @@ def in_a_layer(function, matmul):
     """The same function, traced as a layer is."""
 
     def traced(*arguments):
-        with functional._set(functional._MATMUL, matmul):
+        with multiplying(matmul):
             return function(*arguments)
 
     return traced
