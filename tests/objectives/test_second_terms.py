@@ -39,11 +39,11 @@ def network(objective, **changes):
 def gradient(objective, model, params, batch):
     weights = objective.weights(batch)
 
-    def total(params):
+    def total(params, batch):
         sums = objective.loss(model, params, batch, None)
         return sum(sums[name].total for name in objective.terms), sums
 
-    (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
+    (_, sums), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params, batch)
     for name in objective.terms:
         np.testing.assert_allclose(sums[name].weight, weights[name])
     return sums, grads

@@ -1,5 +1,6 @@
 """Several processes: how they find each other, what each loads, and how none is left behind."""
 
+import dataclasses
 import http.server
 import signal
 import threading
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from flaxpretrain import program
-from flaxpretrain.config import load
+from flaxpretrain.config import Checkpoints, load
 from flaxpretrain.errors import UserError
 from flaxpretrain.training import distributed
 from flaxpretrain.training.distributed import initialize_distributed
@@ -20,6 +21,7 @@ from tests.tolerances import LOSS_REORDERED
 from tests.training.processes import ended, losses, reached, started, wait_for, write_recipe
 
 SHORT = ("watchdog.peer_seconds=3",)
+RARE = "checkpoints.every_steps=1000"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,8 @@ def recipe(tmp_path_factory):
 def alone(recipe, tmp_path_factory):
     """The losses of one process."""
     workdir = tmp_path_factory.mktemp("alone") / "w"
-    assert train(load(recipe), workdir, quiet=True) == 0
+    run = dataclasses.replace(load(recipe), checkpoints=Checkpoints(every_steps=60))
+    assert train(run, workdir, quiet=True) == 0
     return losses(workdir)
 
 
@@ -124,7 +127,7 @@ def test_a_tpu_slice_without_variables_is_recognised_by_its_metadata(
 
 def test_sigterm_on_one_of_two_saves_together_and_one_process_goes_on(tmp_path, recipe, alone):
     workdir = tmp_path / "w"
-    with started(recipe, workdir, 2, "checkpoints.every_steps=1000") as both:
+    with started(recipe, workdir, 2, RARE) as both:
         wait_for(reached(workdir, 3), both)
         both[1].send_signal(signal.SIGTERM)
         codes, outputs = ended(both)
@@ -132,7 +135,7 @@ def test_sigterm_on_one_of_two_saves_together_and_one_process_goes_on(tmp_path, 
     (saved,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert saved == max(losses(workdir)) < 60
     assert f"stopped on request at step {saved}, saved" in outputs[0]
-    with started(recipe, workdir, 1) as processes:
+    with started(recipe, workdir, 1, RARE) as processes:
         codes, outputs = ended(processes)
     assert codes == [0], outputs
     assert_same(workdir, alone)
@@ -151,7 +154,7 @@ def test_when_one_of_two_is_killed_the_other_stops_and_both_go_on_later(tmp_path
     assert processes[0].returncode == program.EXIT_PEER_GONE, output
     assert "process 0 of 2 stops: process 1 gave no sign of life for" in output
     assert seconds < 30
-    with started(recipe, workdir, 2) as processes:
+    with started(recipe, workdir, 2, RARE) as processes:
         codes, outputs = ended(processes)
     assert codes == [0, 0], outputs
     assert_same(workdir, alone)

@@ -21,6 +21,7 @@ from flaxpretrain.training.metrics import read_metrics
 from flaxpretrain.training.schedules import Constant
 from flaxpretrain.training.session import open_run_dataset
 from tests import toys
+from tests.training.resuming import as_it_was
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,10 @@ def rows_of(workdir, name="loss"):
 
 def test_a_run_goes_on_bit_for_bit(data, tmp_path):
     assert train(bucketed_run(data), tmp_path / "whole", quiet=True) == 0
-    train(bucketed_run(data, steps=4), tmp_path / "parts", quiet=True)
-    train(bucketed_run(data), tmp_path / "parts", quiet=True)
+    parts = as_it_was(tmp_path / "whole", tmp_path / "parts", step=4)
+    assert train(bucketed_run(data), parts, quiet=True) == 0
     losses = rows_of(tmp_path / "whole")
-    assert len(losses) == 8 and rows_of(tmp_path / "parts") == losses
+    assert len(losses) == 8 and rows_of(parts) == losses
     assert np.isfinite(rows_of(tmp_path / "whole", "validation/perplexity")[8])
 
 

@@ -108,7 +108,7 @@ def wait_for_step(workdir, step, process, seconds=240):
 def uninterrupted(tmp_path_factory, data):
     """The losses of 300 steps in one go, in a process of its own."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "w"
-    process = start(workdir, data, "steps=300")
+    process = start(workdir, data, "steps=300", "checkpoints.every_steps=1000")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return losses(workdir)

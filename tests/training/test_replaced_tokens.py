@@ -22,6 +22,7 @@ from flaxpretrain.training.schedules import Constant, WarmupTimesDecay
 from flaxpretrain.training.state import map_named, named_leaves
 from tests import toys
 from tests.tolerances import FLOAT32_REORDERED
+from tests.training.resuming import as_it_was
 
 LENGTH, ROWS = 32, 16
 DEBERTA = dict(
@@ -151,12 +152,9 @@ def test_a_run_stopped_and_resumed_is_the_run_in_one_go(tmp_path):
         evaluations=(FixedNoise(batch_size=8, every_steps=4),),
     )
 
-    def run(steps):
-        return toys.packed_run(str(data), steps=steps, schedule=Constant(), **values)
-
-    train(run(8), tmp_path / "whole", quiet=True)
-    train(run(4), tmp_path / "parts", quiet=True)
-    train(run(8), tmp_path / "parts", quiet=True)
+    run = toys.packed_run(str(data), steps=8, schedule=Constant(), **values)
+    train(run, tmp_path / "whole", quiet=True)
+    train(run, as_it_was(tmp_path / "whole", tmp_path / "parts", step=4), quiet=True)
     whole, parts = (
         {
             row["step"]: row["loss"]

@@ -106,9 +106,9 @@ class Poisoned(MaskedLM):
 RULES = Rewind(window=1, spike_factor=1e9, patience=2, margin_steps=0, skip_steps=2)
 
 
-def poisoned(data, *steps, rewind=RULES, guard=None):
-    """A run of 30 steps, saved every third, in which the batches of some steps are bad."""
-    run = toys.packed_run(data, steps=30)
+def poisoned(data, *steps, of=15, rewind=RULES, guard=None):
+    """A run saved every third step, in which the batches of some steps are bad."""
+    run = toys.packed_run(data, steps=of)
     dataset = open_dataset(Path(data))
     pipeline = open_pipeline(run, dataset, resolve_phases(run, dataset))
     keys = tuple(int(pipeline.batch(step - 1)["noise_key"][0, 0]) for step in steps)
@@ -135,26 +135,26 @@ def rewinds(workdir):
 @pytest.fixture(scope="module")
 def rewound(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("rewound") / "w"
-    assert train(poisoned(data, 7, 8, 20), workdir, quiet=True) == 0
+    assert train(poisoned(data, 4, 5, 11), workdir, quiet=True) == 0
     return workdir
 
 
 def test_the_weights_go_back_and_the_bad_batches_are_skipped(rewound):
-    # What step 7 came to is known once step 8 has begun.
+    # What step 4 came to is known once step 5 has begun.
     done = rewinds(rewound)
     assert done == [
-        {"from": 8, "first": 7, "to": 6, "resumed": 10},
-        {"from": 21, "first": 20, "to": 18, "resumed": 23},
+        {"from": 5, "first": 4, "to": 3, "resumed": 7},
+        {"from": 12, "first": 11, "to": 9, "resumed": 14},
     ]
     got = losses(rewound)
-    assert got[7] is None and got[20] is None
-    assert sorted(set(range(1, 31)) - set(got)) == [8, 9, 10, 21, 22, 23]
+    assert got[4] is None and got[11] is None
+    assert sorted(set(range(1, 16)) - set(got)) == [5, 6, 7, 12, 13, 14]
     checkpoints = rewound / "checkpoints"
-    old, _, _ = Opened(checkpoints).restore_params(step=6)
-    new, _, _ = Opened(checkpoints).restore_params(step=10)
+    old, _, _ = Opened(checkpoints).restore_params(step=3)
+    new, _, _ = Opened(checkpoints).restore_params(step=7)
     jax.tree.map(np.testing.assert_array_equal, old, new)
     last, metadata, step = restore_params(checkpoints)
-    assert step == 30 and metadata["rewinds"] == done
+    assert step == 15 and metadata["rewinds"] == done
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last))
 
 
@@ -180,8 +180,8 @@ def test_a_run_killed_while_it_goes_back_does_the_same_when_it_goes_on(
         else:
             patch.setattr(loop, "go_back", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(poisoned(data, 7, 8, 20), workdir, quiet=True)
-    assert train(poisoned(data, 7, 8, 20), workdir, quiet=True) == 0
+            train(poisoned(data, 4, 5, 11), workdir, quiet=True)
+    assert train(poisoned(data, 4, 5, 11), workdir, quiet=True) == 0
     assert losses(workdir) == losses(rewound)
     _, metadata, _ = restore_params(workdir / "checkpoints")
     assert metadata["rewinds"] == rewinds(rewound)
@@ -189,14 +189,14 @@ def test_a_run_killed_while_it_goes_back_does_the_same_when_it_goes_on(
 
 def test_rewinds_are_bounded(data, tmp_path):
     rewind = dataclasses.replace(RULES, max_rewinds=1)
-    with pytest.raises(NotFinite, match="step 20: the loss is nan"):
-        train(poisoned(data, 7, 20, rewind=rewind), tmp_path / "w", quiet=True)
-    assert [done["first"] for done in rewinds(tmp_path / "w")] == [7]
+    with pytest.raises(NotFinite, match="step 11: the loss is nan"):
+        train(poisoned(data, 4, 11, rewind=rewind), tmp_path / "w", quiet=True)
+    assert [done["first"] for done in rewinds(tmp_path / "w")] == [4]
 
 
 def test_the_guard_skips_one_bad_batch_and_the_run_goes_back_where_it_stays_bad(data, tmp_path):
-    run = poisoned(data, 7, 12, 13, 14, 15, guard=Guard())
+    run = poisoned(data, 4, 9, 10, 11, 12, guard=Guard())
     assert train(run, tmp_path / "w", quiet=True) == 0
     got = losses(tmp_path / "w")
-    assert [step for step, loss in got.items() if loss is None] == [7, 12, 13]
-    assert rewinds(tmp_path / "w") == [{"from": 14, "first": 12, "to": 9, "resumed": 16}]
+    assert [step for step, loss in got.items() if loss is None] == [4, 9, 10]
+    assert rewinds(tmp_path / "w") == [{"from": 11, "first": 9, "to": 6, "resumed": 13}]
