@@ -17,77 +17,22 @@ from flaxpretrain.models.functional import ATTENTION_CONTEXT, executing, executi
 from flaxpretrain.models.layers import (
     Initializer,
     add_bias,
-    dropout,
-    lean,
     padded,
     truncated_normal,
     zeros,
 )
 from flaxpretrain.models.memory import Kept
-from flaxpretrain.models.partition import context_size, flat, on_each_device, whole_rows
+from flaxpretrain.models.partition import (
+    context_size,
+    flat,
+    on_each_device,
+    undivided,
+    whole_rows,
+)
+from flaxpretrain.models.plain_attention import cpu_attention, may_attend, xla_attention
 from flaxpretrain.models.quantization import einsum, matmul
 from flaxpretrain.models.row_attention import LANES, row_attention, side_by_side, takes
 from flaxpretrain.models.splash import splash_attention
-
-NEVER = -1e30
-"""Score of a pair of tokens that may not look at each other: finite, so no row becomes NaN."""
-
-
-def may_attend(
-    segment_ids: Int[Array, "B L"],
-    key_segment_ids: Int[Array, "B S"],
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    prefix: Bool[Array, "B S"] | None = None,
-) -> Bool[Array, "B 1 L S"]:
-    """Which token (of L) may attend which (of S): see `attend`.
-
-    Padding (segment 0) attends padding, so that every softmax has something to sum over.
-    """
-    allowed = segment_ids[:, None, :, None] == key_segment_ids[:, None, None, :]
-    if causal or window is not None:
-        places, key_places = (jnp.arange(ids.shape[1]) for ids in (segment_ids, key_segment_ids))
-        before = (places[:, None] - key_places[None])[None, None]
-        if causal:
-            reached = before >= 0
-            allowed &= reached if prefix is None else reached | prefix[:, None, None, :]
-        if window is not None:
-            allowed &= jnp.abs(before) <= window
-    return allowed
-
-
-def xla_attention(
-    query: Float[Array, "B H L K"],
-    key: Float[Array, "B H S K"],
-    value: Float[Array, "B H S K"],
-    segment_ids: Int[Array, "B L"],
-    key_segment_ids: Int[Array, "B S"],
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    prefix: Bool[Array, "B S"] | None = None,
-    bias: Float[Array, "#B H L S"] | None = None,
-    rate: float = 0.0,
-    keys: Key[Array, "B"] | None = None,
-) -> Float[Array, "B H L K"]:
-    """Softmax attention in plain XLA, the softmax in float32; the only one that can do all.
-
-    As with the flash kernels, the backward pass finds query, key and value saved and nothing else.
-    """
-
-    def context(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
-        scores = jnp.einsum("BHLK,BHSK->BHLS", query, key, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores += bias.astype(jnp.float32)
-        allowed = may_attend(
-            segment_ids, key_segment_ids, causal=causal, window=window, prefix=prefix
-        )
-        scores = jnp.where(allowed, scores, NEVER)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return jnp.einsum("BHLS,BHSK->BHLK", dropout(weights, rate, keys), value)
-
-    return lean(context)(query, key, value, bias)
 
 
 def cudnn_attention(
@@ -131,20 +76,25 @@ class Backend:
     layout: order in which it takes and returns query, key and value, in einsum letters.
     flash: a kernel without dropout, additive bias and prefix, and one that XLA cannot partition:
         it runs on each device's own rows and heads.
+    joined: query, key and value are best made as one array [B, L, H * K] each, side by side, and
+        given back as such, by plain matrix products.
     """
 
     function: Callable[..., Array]
     layout: str
     flash: bool = True
+    joined: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla_attention, "BHLK", flash=False),
+    "cpu": Backend(cpu_attention, "BHLK", flash=False, joined=True),
     "splash": Backend(splash_attention, "BHLK"),
     "rows": Backend(splash_attention, "BHLK"),
     "cudnn": Backend(cudnn_attention, "BLHK"),
 }
-"""By name. `rows` is `row_attention` where that has a form for the shapes, else splash."""
+"""By name. `cpu` is `xla` where there is a bias or a prefix, `rows` is `row_attention` where that
+has a form for the shapes, else splash."""
 
 
 @contextlib.contextmanager
@@ -321,6 +271,22 @@ def project_side_by_side(
     return y.reshape(*x.shape[:2], -1)
 
 
+def project_joined(
+    heads: Sequence[Heads], scales: Sequence[Any], x: Float[Array, "B L D"]
+) -> list[Float[Array, "B H L K"]]:
+    """Several projections, each scaled, by one plain matrix product, whose parts are then turned.
+
+    XLA:CPU turns the result of a product over heads number by number, and that of a plain one by
+    whole heads.
+    """
+    kernels, biases = _scaled(heads, scales)
+    y = matmul(flat(x), jnp.concatenate([k.reshape(len(k), -1) for k in kernels], axis=1))
+    if biases:
+        y = add_bias(y, jnp.concatenate([bias.reshape(-1) for bias in biases]))
+    shape = (*x.shape[:2], *kernels[0].shape[1:])
+    return [jnp.moveaxis(part.reshape(shape), 1, 2) for part in jnp.split(y, len(heads), axis=-1)]
+
+
 def _scaled(heads: Sequence[Heads], scales: Sequence[Any]) -> tuple[list[Array], list[Array]]:
     """Kernels and biases of projections whose results are to be multiplied."""
     pairs = [
@@ -391,12 +357,13 @@ class Attention(nnx.Module):
         if name == "rows" and context_size() == 1 and takes(heads, size, *lengths):
             refuse_dropout(name, self.dropout_rate, keys)
             return self._by_rows(x, segment_ids, source, source_segment_ids, window, scale)
+        joined = backend.joined and undivided()
+        made = project_joined if joined else functools.partial(project, layout=layout)
         if source is None:
-            parts = (self.query, self.key, self.value)
-            query, key, value = project(parts, (scale, 1.0, 1.0), x, layout)
+            query, key, value = made((self.query, self.key, self.value), (scale, 1.0, 1.0), x)
         else:
-            (query,) = project((self.query,), (scale,), x, layout)
-            key, value = project((self.key, self.value), (1.0, 1.0), source, layout)
+            (query,) = made((self.query,), (scale,), x)
+            key, value = made((self.key, self.value), (1.0, 1.0), source)
         context = attend(
             query,
             key,
@@ -410,6 +377,8 @@ class Attention(nnx.Module):
             rate=self.dropout_rate,
             keys=keys,
         )
+        if joined:
+            return self.out(jnp.moveaxis(context, 1, 2).reshape(*x.shape[:2], -1), "BLH")
         return self.out(context, layout)
 
     def _by_rows(

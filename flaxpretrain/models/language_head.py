@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.models.attention import NEVER
 from flaxpretrain.models.layers import Initializer, add_bias, normal, zeros
 from flaxpretrain.models.partition import flat, over_context
+from flaxpretrain.models.plain_attention import NEVER
 
 Part = TypeVar("Part")
 

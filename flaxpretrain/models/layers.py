@@ -378,21 +378,22 @@ def _mixed(x: Any, more: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dropped(rate: float, x: Float[Array, "B ..."], words: UInt[Array, "B W"]) -> Array:
+def drop(rate: float, x: Float[Array, "B ..."], words: UInt[Array, "B W"]) -> Array:
+    """Dropout by the words of each row's key: what `dropout` does where there is any."""
     kept = _word_bits(words, x.shape) >= jnp.uint32(round(rate * 2**32))
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
 def _dropped_saving(rate: float, x: Array, words: Array) -> tuple[Array, Array]:
-    return _dropped(rate, x, words), words
+    return drop(rate, x, words), words
 
 
 def _dropped_gradients(rate: float, words: Array, gradient: Array) -> tuple[Array, None]:
     """The bits are computed again, from words that XLA does not know for the same ones."""
-    return _dropped(rate, gradient, jax.lax.optimization_barrier(words)), None
+    return drop(rate, gradient, jax.lax.optimization_barrier(words)), None
 
 
-_dropped.defvjp(_dropped_saving, _dropped_gradients)
+drop.defvjp(_dropped_saving, _dropped_gradients)
 
 
 def dropout(
@@ -405,7 +406,7 @@ def dropout(
     """
     if keys is None or rate == 0.0:
         return x
-    return _dropped(rate, x, jax.random.key_data(keys).astype(jnp.uint32))
+    return drop(rate, x, jax.random.key_data(keys).astype(jnp.uint32))
 
 
 def take(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:

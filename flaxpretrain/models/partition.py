@@ -20,6 +20,13 @@ def context_size() -> int:
     return 1 if CONTEXT in mesh.manual_axes else mesh.shape.get(CONTEXT, 1)
 
 
+def undivided() -> bool:
+    """Whether the surrounding mesh leaves each token's heads, and each row, on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if "tensor" in mesh.manual_axes else mesh.shape.get("tensor", 1)
+    return tensor == 1 and context_size() == 1
+
+
 def over_context(x: Array, axis: int = 1) -> Array:
     """`x` with this axis, of tokens, over the mesh's `context`, where it divides them.
 

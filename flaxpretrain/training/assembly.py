@@ -193,6 +193,8 @@ def attention_backend(run: Run, device: Any) -> str:
                 f"{run.attention!r}"
             )
         return run.attention
+    if device.platform == "cpu":
+        return "cpu"
     if getattr(run.model, "attention_dropout_rate", 0.0) > 0:
         return "xla"  # the flash kernels have no dropout
     if device.platform == "gpu" and (

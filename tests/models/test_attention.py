@@ -7,7 +7,7 @@ import pytest
 
 from flaxpretrain.errors import UserError
 from flaxpretrain.models import attention
-from flaxpretrain.models.attention import splash_attention, xla_attention
+from flaxpretrain.models.attention import cpu_attention, splash_attention, xla_attention
 from flaxpretrain.models.functional import model_of
 from flaxpretrain.models.positions import restarting
 from flaxpretrain.training.sharding import make_mesh
@@ -109,6 +109,63 @@ def test_splash_equals_xla_in_values_and_gradients(kind, length, key_length, siz
     np.testing.assert_allclose(flash[0], plain[0], rtol=1e-5)
     for mine, reference in zip(flash[1], plain[1], strict=True):
         np.testing.assert_allclose(mine, reference, rtol=0, atol=FLASH_FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "key_length", "rate"),
+    [
+        ("whole", 64, 64, 0.0),
+        ("whole", 24, 40, 0.3),
+        ("causal", 40, 40, 0.1),
+        ("window", 130, 130, 0.0),
+        ("causal-window", 70, 70, 0.2),
+    ],
+)
+def test_the_cpu_form_equals_xla_in_values_and_gradients(kind, length, key_length, rate):
+    query, _, _, segments, toward = qkv(length, 16)
+    _, key, value, key_segments, _ = qkv(key_length, 16)
+    options = {**KINDS[kind], "rate": rate, "keys": jax.random.split(jax.random.key(5), 2)}
+
+    def along(function):
+        def scalar(*qkv):
+            return jnp.sum(function(*qkv, segments, key_segments, **options) * toward)
+
+        return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2)))(query, key, value)
+
+    mine, reference = along(cpu_attention), along(xla_attention)
+    np.testing.assert_allclose(mine[0], reference[0], rtol=1e-5)
+    for one, other in zip(mine[1], reference[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=FLASH_FLOAT32)
+
+
+def hidden_of(module, ids, segments):
+    """The last hidden states, of the decoder where there is one."""
+    encoded = module.encode(module.embed(ids, segments, restarting(segments)), segments)
+    if not hasattr(module, "decode"):
+        return encoded
+    return module.decode(module.embed_decoder(ids, segments), segments, encoded, segments)
+
+
+@pytest.mark.parametrize("make", [toys.bert, toys.bart, toys.t5], ids=["bert", "bart", "t5"])
+def test_a_network_is_the_same_whatever_plain_attention_it_has(make):
+    """Joined projections, attention to a source, and a bias, which the form for CPUs leaves."""
+    model = model_of(make().build)
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    ids = jax.random.randint(jax.random.key(1), SEGMENTS.shape, 5, 300)
+
+    def along(name):
+        def scalar(params):
+            module = model.bind(params)
+            with attention.backend(name):
+                hidden = hidden_of(module, ids, SEGMENTS)
+            return jnp.mean(jnp.sin(jnp.where((SEGMENTS > 0)[..., None], hidden, 0.0)))
+
+        return jax.jit(jax.value_and_grad(scalar))(params)
+
+    (value, gradients), (expected, reference) = along("cpu"), along("xla")
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (gradients, reference)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=FLASH_FLOAT32)
 
 
 def weights_of(segments, key_segments=None, **options):
@@ -231,6 +288,6 @@ def test_cudnn_refuses_float32():
 def test_unknown_backend_names_the_known_ones():
     with (
         attention.backend("flash"),
-        pytest.raises(UserError, match="xla, splash, rows, cudnn; got"),
+        pytest.raises(UserError, match="xla, cpu, splash, rows, cudnn; got"),
     ):
         attention.chosen_backend()
