@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from flaxpretrain.analysis import topology
+from flaxpretrain.analysis.pods import pod_of
 from flaxpretrain.config import Mesh, Phase, Precision, load_recipe
 from flaxpretrain.errors import UserError
 from tests import toys
@@ -103,7 +104,11 @@ def gradient_bytes(report):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5e:16x16"])
+@pytest.mark.parametrize(
+    "name",
+    # The same step with 64 rows a chip in place of one: minutes.
+    ["v5e:16x16", pytest.param("v5e:2x2", marks=pytest.mark.slow)],
+)
 def test_bert_base_at_512_compiles_and_fits(libtpu, name):
     # Without its hardware rules, by which it unrolls the layers: the compiler takes minutes for it.
     run = load_recipe(CONFIGS / "bert_base.py")
@@ -120,6 +125,18 @@ def test_bert_base_at_512_compiles_and_fits(libtpu, name):
     assert not [note for note in report.notes if "count" in note]
     assert report.estimated_step_seconds > report.custom_call_seconds > 0
     assert text is not None and "row_attention_forward" in text
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", ["electra_tiny", "t5_tiny", "gpt2_tiny"])
+def test_a_recipe_of_each_other_family_compiles_for_the_slice_it_names(libtpu, name):
+    """tools/compile_all.py does so with every recipe, its hardware rules and each phase."""
+    recipe = CONFIGS / f"{name}.py"
+    report, text = topology.compile_step(load_recipe(recipe), pod_of(recipe), 0)
+    assert report.fits, report.verdict
+    assert report.topology == pod_of(recipe) and report.recipe == name
+    assert report.estimated_step_seconds > 0 and text is not None
+    assert 1.0 <= report.compiled_flops / report.formula_flops
 
 
 @pytest.mark.tpu
