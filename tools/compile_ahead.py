@@ -30,9 +30,10 @@ from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble, check_remat, stand_in_vocabulary
 from flaxpretrain.training.compiler_options import compiler_options
 from flaxpretrain.training.executables import compile_ahead
-from flaxpretrain.training.seconds import resolve_seconds
+from flaxpretrain.training.seconds import SECONDS, resolve_seconds
 from flaxpretrain.training.session import (
     dataset_if_built,
+    open_run_dataset,
     resolve_phases,
     step_shapes,
     total_steps,
@@ -74,7 +75,9 @@ def main(argv: list[str]) -> int:
         run = dataclasses.replace(run, data=data)
     check_remat(run)
     workdir = local_folder(arguments.workdir or Path("runs") / run.name)
-    dataset = dataset_if_built(run, workdir)
+    # One that is named must be there; the recipe's own may be built later.
+    opened = dataset_if_built if arguments.data_dir is None else open_run_dataset
+    dataset = opened(run, workdir)
     run, phases = resolved(run, workdir, dataset)
     mesh = sharding.mesh_of(run.mesh, devices)
     with jax.set_mesh(mesh):
@@ -111,7 +114,7 @@ def devices_asked_for(topology: str | None, slices: int) -> list[Any]:
 def resolved(run: Run, workdir: Path, dataset: Dataset | None) -> tuple[Run, tuple[Phase, ...]]:
     """The run with its phases in steps."""
     if any(phase.seconds is not None for phase in run.phases):
-        if not (workdir / "seconds.json").exists():
+        if not (workdir / SECONDS).exists():
             raise UserError(
                 "a phase is given in seconds, which become steps when the run begins: give "
                 "--workdir of a run that began, or steps, as in --set steps=N"

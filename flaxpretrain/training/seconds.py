@@ -15,12 +15,15 @@ from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import assemble, framing_of, random_batch
 from flaxpretrain.training.session import write_json
 
+SECONDS = "seconds.json"
+"""The file of a workdir that remembers them."""
+
 
 def resolve_seconds(run: Run, workdir: Path, dataset: Any, mesh: Any) -> Run:
     """Phases given in seconds as steps, by timing a few steps; the workdir remembers them."""
     if all(phase.seconds is None for phase in run.phases):
         return run
-    kept = workdir / "seconds.json"
+    kept = workdir / SECONDS
     if not kept.exists():
         steps = [
             None if phase.seconds is None else _timed_steps(run, phase, dataset, mesh)

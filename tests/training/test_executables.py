@@ -248,6 +248,7 @@ def test_each_length_of_buckets_has_a_program(recipe):
     ("arguments", "line"),
     [
         (("--slices", "2"), "--slices 2: expected 1 or more, and --topology beside it"),
+        (("--data-dir", "none"), "none is no dataset: there is no such folder"),
         (("--set", "phases.0.seconds=60"), "a phase is given in seconds, which become steps when"),
         (
             ("--set", "phases.0.epochs=2", "--set", "data.folder=none"),
