@@ -263,12 +263,7 @@ def project_side_by_side(
     heads: Sequence[Heads], scales: Sequence[Any], x: Float[Array, "B L D"]
 ) -> Float[Array, "B L nE"]:
     """Several projections, each scaled, as `row_attention` takes them: one plain matrix product."""
-    kernels, biases = _scaled(heads, scales)
-    kernel = side_by_side([k.reshape(len(k), -1) for k in kernels])
-    y = matmul(x.reshape(-1, x.shape[-1]), kernel)
-    if biases:
-        y = add_bias(y, side_by_side([bias.reshape(-1) for bias in biases]))
-    return y.reshape(*x.shape[:2], -1)
+    return _one_product(heads, scales, x, side_by_side)
 
 
 def project_joined(
@@ -279,12 +274,24 @@ def project_joined(
     XLA:CPU turns the result of a product over heads number by number, and that of a plain one by
     whole heads.
     """
-    kernels, biases = _scaled(heads, scales)
-    y = matmul(flat(x), jnp.concatenate([k.reshape(len(k), -1) for k in kernels], axis=1))
-    if biases:
-        y = add_bias(y, jnp.concatenate([bias.reshape(-1) for bias in biases]))
-    shape = (*x.shape[:2], *kernels[0].shape[1:])
+    y = _one_product(heads, scales, x, functools.partial(jnp.concatenate, axis=-1))
+    shape = (*x.shape[:2], *heads[0].kernel[...].shape[1:])
     return [jnp.moveaxis(part.reshape(shape), 1, 2) for part in jnp.split(y, len(heads), axis=-1)]
+
+
+def _one_product(
+    heads: Sequence[Heads],
+    scales: Sequence[Any],
+    x: Float[Array, "B L D"],
+    join: Callable[[list[Array]], Array],
+) -> Float[Array, "B L nE"]:
+    """Several projections, each scaled, by one plain product with what `join` makes of them."""
+    kernels, biases = _scaled(heads, scales)
+    kernel = join([kernel.reshape(len(kernel), -1) for kernel in kernels])
+    y = matmul(flat(x), kernel)
+    if biases:
+        y = add_bias(y, join([bias.reshape(-1) for bias in biases]))
+    return y.reshape(*x.shape[:2], -1)
 
 
 def _scaled(heads: Sequence[Heads], scales: Sequence[Any]) -> tuple[list[Array], list[Array]]:

@@ -30,6 +30,7 @@ Policy = Callable[..., Any]
 _POLICIES = jax.checkpoint_policies
 _SAVE_ATTENTION = _POLICIES.save_only_these_names(ATTENTION_CONTEXT)
 _SAVE_PRODUCTS = _POLICIES.save_only_these_names(LAYER_PRODUCT)
+_SAVE_BOTH = _POLICIES.save_only_these_names(LAYER_PRODUCT, ATTENTION_CONTEXT)
 
 _ONTO_HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
 
@@ -49,9 +50,6 @@ def _by_primitive(dots: Policy, names: Policy) -> Policy:
         return (names if prim.name == "name" else dots)(prim, *args, **params)
 
     return policy
-
-
-_SAVE_BOTH = _POLICIES.save_from_both_policies(_SAVE_PRODUCTS, _SAVE_ATTENTION)
 
 
 REMAT_POLICIES: dict[str, Policy | None] = {

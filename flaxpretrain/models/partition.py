@@ -16,15 +16,18 @@ CONTEXT = "context"
 
 def context_size() -> int:
     """Into how many parts the surrounding mesh cuts the tokens of a row."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if CONTEXT in mesh.manual_axes else mesh.shape.get(CONTEXT, 1)
+    return _size(CONTEXT)
 
 
 def undivided() -> bool:
     """Whether the surrounding mesh leaves each token's heads, and each row, on one device."""
+    return _size("tensor") == 1 and context_size() == 1
+
+
+def _size(axis: str) -> int:
+    """Of an axis of the surrounding mesh that is left to the partitioner."""
     mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if "tensor" in mesh.manual_axes else mesh.shape.get("tensor", 1)
-    return tensor == 1 and context_size() == 1
+    return 1 if axis in mesh.manual_axes else mesh.shape.get(axis, 1)
 
 
 def over_context(x: Array, axis: int = 1) -> Array:

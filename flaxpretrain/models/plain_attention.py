@@ -37,6 +37,21 @@ def may_attend(
     return allowed
 
 
+def _scores(
+    query: Float[Array, "B H L K"],
+    key: Float[Array, "B H S K"],
+    segment_ids: Int[Array, "B L"],
+    key_segment_ids: Int[Array, "B S"],
+    bias: Float[Array, "#B H L S"] | None = None,
+    **who: Any,
+) -> Float[Array, "B H L S"]:
+    """Scores in float32, `NEVER` where a token may not look; `who` as `may_attend` has it."""
+    scores = jnp.einsum("BHLK,BHSK->BHLS", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores += bias.astype(jnp.float32)
+    return jnp.where(may_attend(segment_ids, key_segment_ids, **who), scores, NEVER)
+
+
 def xla_attention(
     query: Float[Array, "B H L K"],
     key: Float[Array, "B H S K"],
@@ -57,13 +72,16 @@ def xla_attention(
     """
 
     def context(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
-        scores = jnp.einsum("BHLK,BHSK->BHLS", query, key, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores += bias.astype(jnp.float32)
-        allowed = may_attend(
-            segment_ids, key_segment_ids, causal=causal, window=window, prefix=prefix
+        scores = _scores(
+            query,
+            key,
+            segment_ids,
+            key_segment_ids,
+            bias,
+            causal=causal,
+            window=window,
+            prefix=prefix,
         )
-        scores = jnp.where(allowed, scores, NEVER)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("BHLS,BHSK->BHLK", dropout(weights, rate, keys), value)
 
@@ -116,8 +134,9 @@ def _attended(
 
 
 def _saving(options: _Options, *arguments: Any) -> tuple[Array, Any]:
-    query, key, value, *_, words = arguments
-    scores = _scores(options, *arguments)
+    query, key, value, segment_ids, key_segment_ids, words = arguments
+    causal, window, _ = options
+    scores = _scores(query, key, segment_ids, key_segment_ids, causal=causal, window=window)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -130,10 +149,12 @@ def _gradients(
     options: _Options, saved: Any, toward: Float[Array, "B H L K"]
 ) -> tuple[Array, Array, Array, None, None, None]:
     arguments, context, highest, total = saved
-    query, key, value, *_, words = arguments
+    query, key, value, segment_ids, key_segment_ids, words = arguments
+    causal, window, _ = options
     if words is not None:  # else XLA would keep the forward pass's bits for this
         words = jax.lax.optimization_barrier(words)
-    weights = jnp.exp(_scores(options, *arguments) - highest) * (1.0 / total)
+    scores = _scores(query, key, segment_ids, key_segment_ids, causal=causal, window=window)
+    weights = jnp.exp(scores - highest) * (1.0 / total)
     wide = toward.astype(jnp.float32)
     level = jnp.sum(wide * context.astype(jnp.float32), axis=-1, keepdims=True)
     along = jnp.einsum("BHLK,BHSK->BHLS", toward, value, preferred_element_type=jnp.float32)
@@ -147,21 +168,6 @@ def _gradients(
 
 
 _attended.defvjp(_saving, _gradients)
-
-
-def _scores(
-    options: _Options,
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
-    key_segment_ids: Array,
-    words: Array | None,
-) -> Float[Array, "B H L S"]:
-    causal, window, _ = options
-    scores = jnp.einsum("BHLK,BHSK->BHLS", query, key, preferred_element_type=jnp.float32)
-    allowed = may_attend(segment_ids, key_segment_ids, causal=causal, window=window)
-    return jnp.where(allowed, scores, NEVER)
 
 
 def _thinned(options: _Options, weights: Array, words: Array | None) -> Array:

@@ -3,7 +3,11 @@
 import contextlib
 
 import fsspec
-from moto import server
+import pytest
+
+for module in ("s3fs", "flask_cors", "moto"):
+    pytest.importorskip(module, reason='pip install s3fs "moto[s3]" flask flask-cors')
+server = pytest.importorskip("moto.server")
 
 
 @contextlib.contextmanager

@@ -71,8 +71,6 @@ def test_batches_from_afar_are_those_of_the_disk(server, folder, layout):
 
 
 def test_rows_lie_in_a_bucket_of_amazons(folder, monkeypatch):
-    for module in ("s3fs", "moto", "flask_cors"):
-        pytest.importorskip(module, reason='pip install s3fs "moto[s3]" flask flask-cors')
     from tests.data.amazon import serving
 
     near = pipeline_of(open_dataset(folder).split("train"), Documents())

@@ -117,8 +117,6 @@ def test_a_bucket_of_googles_is_read_by_pattern_and_as_a_folder(folder, tmp_path
 
 
 def test_a_bucket_of_amazons_is_read_by_pattern_and_as_a_folder(folder, monkeypatch):
-    for module in ("s3fs", "moto", "flask_cors"):
-        pytest.importorskip(module, reason='pip install s3fs "moto[s3]" flask flask-cors')
     from tests.data.amazon import serving
 
     remote_text._files.cache_clear()
