@@ -22,6 +22,7 @@ from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, framing_of, random_batch
 from flaxpretrain.training.compiler_options import compiler_options
+from flaxpretrain.training.programs import give_back_memory
 
 FORMULA = (
     "MFU = formula FLOPs of a step / (step seconds * devices * peak FLOP/s); the formula counts "
@@ -121,6 +122,7 @@ class Bench:
         options = compiler_options(assembly.mesh)
         self._step = assembly.train_step(phase, options).lower(assembly.state, spec).compile()
         self.compile_seconds = time.perf_counter() - started
+        give_back_memory()
         self._state = assembly.initial_state()
 
     def step_alone(self, steps: int) -> Rate:

@@ -158,7 +158,11 @@ def evaluate(
         objective,
         model,
         compute_dtype=jnp.dtype(compute),
-        execution=Execution(attention=attention_backend(same, device), scan=run.scan_layers),
+        execution=Execution(
+            attention=attention_backend(same, device),
+            scan=run.scan_layers,
+            platform=device.platform,
+        ),
     )
     batches = watch(settings.batches(dataset, batch_size), -(-settings.rows(dataset) // batch_size))
     with jax.set_mesh(mesh), jax.default_matmul_precision(_PRODUCTS[compute]):

@@ -86,12 +86,15 @@ class Execution:
         compilation.
     matmul: number format of the layers' products with parameters, one of
         `flaxpretrain.hardware.MATMULS`; see `flaxpretrain.models.quantization`.
+    platform: what jax calls the platform of the devices, where XLA needs another form of
+        something to be fast there. Only `cpu` does.
     """
 
     attention: str = "xla"
     remat: str = "none"
     scan: bool = True
     matmul: str = "default"
+    platform: str | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -221,8 +224,17 @@ def scan(
     if way.scan:
         return jax.lax.scan(body, x, (state, numbers, more))[0]
     for i in range(numbers.shape[0]):
-        x, _ = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], (state, numbers, more)))
+        x, _ = body(kept(x), jax.tree.map(lambda leaf, i=i: leaf[i], (state, numbers, more)))
     return x
+
+
+def kept(x: Array) -> Array:
+    """`x`, which XLA:CPU then does not compute again for each of its uses.
+
+    It fuses a sum of residuals into whatever reads it, and with it the sums of the layers before.
+    jax 0.10's takes the barrier away before it fuses, so there it has no effect.
+    """
+    return jax.lax.optimization_barrier(x) if execution().platform == "cpu" else x
 
 
 def fold(keys: Key[Array, "B"] | None, number: Any) -> Key[Array, "B"] | None:

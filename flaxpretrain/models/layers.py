@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.models.functional import execution
+from flaxpretrain.models.functional import execution, kept
 from flaxpretrain.models.partition import flat
 from flaxpretrain.models.quantization import matmul
 
@@ -98,6 +98,21 @@ def column_sums(rows: Float[Array, "*N F"]) -> Float[Array, "F"]:
         tpu=product,
         default=lambda x: jnp.sum(x, axis=0, dtype=jnp.float32),
     )
+
+
+def place_of_largest(scores: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+    """`argmax` over the last axis: the first place of several that are largest.
+
+    XLA:CPU makes one core go through the scores one by one for an argmax, and compute them with it.
+    All cores make the scores, their maximum, and the first place that has it.
+    """
+    if execution().platform != "cpu":
+        return jnp.argmax(scores, axis=-1)
+    scores = kept(jax.lax.stop_gradient(scores))
+    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    # Where a score is NaN none is below, and the place stays one of V.
+    below = scores < jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(below, scores.shape[-1], places), axis=-1)
 
 
 def row_products(rows: Float[Array, "*N D"], vector: Float[Array, "D"]) -> Float[Array, "*N 1"]:

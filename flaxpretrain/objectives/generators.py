@@ -17,7 +17,7 @@ from flaxpretrain.data.framing import ClozeFraming, Framing, MaskedFraming
 from flaxpretrain.data.masking import Masking
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.errors import UserError
-from flaxpretrain.models.layers import row_bits
+from flaxpretrain.models.layers import place_of_largest, row_bits
 from flaxpretrain.models.two_towers import TwoTowerConfig
 from flaxpretrain.objectives.objective import Sum, cross_entropy, gather_positions
 
@@ -239,7 +239,7 @@ class Sampling:
             scores = jnp.where(correct, -1e30, scores)
         keys = jax.random.wrap_key_data(noise_key, impl="threefry2x32")
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, _SAMPLING)
-        return jnp.argmax(scores + gumbel(keys, scores.shape), axis=-1)
+        return place_of_largest(scores + gumbel(keys, scores.shape))
 
 
 def gumbel(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -20,6 +20,7 @@ from flaxpretrain.data.framing import Framing
 from flaxpretrain.data.store import Split
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.models.functional import Model
+from flaxpretrain.models.layers import place_of_largest
 
 
 class Sum(NamedTuple):
@@ -129,7 +130,7 @@ def accuracy(
     logits: Float[Array, "*B V"], labels: Int[Array, "*B"], weights: Float[Array, "*B"]
 ) -> Sum:
     """How often the largest logit is the label's; ties go to the lower id."""
-    right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    right = (place_of_largest(logits) == labels).astype(jnp.float32)
     return Sum(jnp.sum(right * weights), jnp.sum(weights))
 
 

@@ -155,6 +155,7 @@ def assemble(run: Run, mesh: Mesh, total_steps: int) -> Assembly:
         remat=remat_policy(run),
         scan=run.scan_layers,
         matmul=run.precision.matmul,
+        platform=mesh.devices.flat[0].platform,
     )
     return Assembly(run, mesh, model, optimizer, state, execution, updates if splits else None)
 

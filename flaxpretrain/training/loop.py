@@ -49,6 +49,7 @@ from flaxpretrain.training.metrics import (
 )
 from flaxpretrain.training.preemption import Preemption
 from flaxpretrain.training.profiling import TRACES, Profiling, open_profiling
+from flaxpretrain.training.programs import give_back_memory
 from flaxpretrain.training.reporter import NotFinite, Reporter
 from flaxpretrain.training.resume import start_state
 from flaxpretrain.training.rewind import LossSpike, SpikeDetector, go_back
@@ -371,6 +372,7 @@ class _StepFunction:
 
     def __init__(self, function: Any, loader: Loader | None) -> None:
         self._function, self._loader, self._compiled = function, loader, {}
+        self._ready = False
 
     def make_ready(self, ledger: Ledger, shape: Phase, *arguments: Any) -> None:
         """Loads the program that was compiled ahead, or compiles.
@@ -389,7 +391,12 @@ class _StepFunction:
             ledger.enter(COMPILE)
             if jax.process_count() > 1:
                 self._compiled[shape] = self._function.lower(*arguments).compile()
+        self._ready = False
         meet()
 
     def __call__(self, shape: Phase, *arguments: Any) -> Any:
-        return self._compiled.get(shape, self._function)(*arguments)
+        results = self._compiled.get(shape, self._function)(*arguments)
+        if not self._ready:  # it is compiled now, wherever that was
+            give_back_memory()
+            self._ready = True
+        return results

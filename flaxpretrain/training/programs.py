@@ -1,8 +1,10 @@
 """Programs as the compiler is given them, the same wherever and by whomever they are traced."""
 
 import contextlib
+import ctypes
 import hashlib
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,6 +52,17 @@ def canonical_hash(lowered: jax.stages.Lowered) -> str:
         return digest(symbol.group()) if symbol.group() in bodies else symbol.group()
 
     return _sha256(head + digest("@main"))
+
+
+def give_back_memory() -> None:
+    """Gives the system what glibc keeps of the memory that was freed, as after a compilation.
+
+    Of ELECTRA-small's compilation on a CPU that is 0.4 GB. Elsewhere than with glibc it does
+    nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 _SYMBOL = re.compile(r'@(?:[\w.$-]+|"[^"]*")')

@@ -1,6 +1,7 @@
 """Models as functions: init, abstract, bind; stacks scanned, unrolled and rematerialised."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,38 @@ def test_scan_and_remat_equal_a_plain_loop(params, inputs, plain, remat, scan):
     result = jax.jit(run)(params, jax.random.split(jax.random.key(2), 4))
     for mine, reference in zip(jax.tree.leaves(result), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(mine, reference, rtol=REMAT_FLOAT32, atol=REMAT_FLOAT32)
+
+
+def test_unrolled_for_a_cpu_it_is_the_same(params, inputs, plain):
+    def run(params, keys):
+        with executing(Execution(scan=False, platform="cpu")):
+            return jax.value_and_grad(loss)(params, inputs, keys, by_scan)
+
+    result = jax.jit(run)(params, jax.random.split(jax.random.key(2), 4))
+    for mine, reference in zip(jax.tree.leaves(result), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=REMAT_FLOAT32, atol=REMAT_FLOAT32)
+
+
+def additions(layers):
+    """How many elementwise additions a compiled, unrolled network of so many layers has."""
+    model = functional.model_of(dataclasses.replace(CONFIG, num_hidden_layers=layers).build)
+    ids = jnp.ones((2, 16), jnp.int32)
+
+    def encoded(params):
+        module = model.bind(params)
+        with executing(Execution(scan=False, platform="cpu")):
+            return module.encode(module.embed(ids, ids, ids), ids)
+
+    text = jax.jit(encoded).lower(model.abstract()).compile().as_text()
+    return len(re.findall(r"f32\[\S+ add\(", text))
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="older XLA:CPU fuses over optimization barriers"
+)
+def test_unrolled_for_a_cpu_no_layer_computes_the_sums_of_those_before_again():
+    two, four, six = (additions(layers) for layers in (2, 4, 6))
+    assert six - four == four - two, (two, four, six)
 
 
 def test_a_range_of_layers_can_be_scanned(params, inputs):

@@ -8,7 +8,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.models.layers import LayerNorm, activation, dropout, row_bits, sinusoidal
+from flaxpretrain.models.functional import Execution, executing
+from flaxpretrain.models.layers import (
+    LayerNorm,
+    activation,
+    dropout,
+    place_of_largest,
+    row_bits,
+    sinusoidal,
+)
 from flaxpretrain.models.positions import restarting
 
 KEYS = jax.random.split(jax.random.key(0), 64)
@@ -71,6 +79,38 @@ def test_the_gradient_of_dropout_is_its_mask():
     x = jnp.arange(64.0 * 5).reshape(64, 5) + 1
     out, vjp = jax.vjp(lambda x: dropout(x, 0.4, KEYS), x)
     np.testing.assert_allclose(vjp(jnp.ones_like(x))[0] * x, out, rtol=1e-6)
+
+
+def places_on(platform, scores):
+    with executing(Execution(platform=platform)):
+        return np.asarray(jax.jit(place_of_largest)(scores))
+
+
+@pytest.mark.parametrize("platform", [None, "cpu", "tpu"])
+def test_the_place_of_the_largest_is_the_first_of_equals(platform):
+    draw = np.random.default_rng(0)
+    for scores in (
+        draw.integers(0, 5, (40, 3, 17)).astype(np.float32),  # many ties
+        draw.standard_normal((40, 3, 17), np.float32),
+        np.full((2, 3), -np.inf, np.float32),
+    ):
+        np.testing.assert_array_equal(places_on(platform, scores), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("platform", [None, "cpu"])
+def test_the_place_of_the_largest_is_a_place_even_where_there_is_none(platform):
+    scores = np.array([[1.0, np.nan, 2.0], [np.nan] * 3], np.float32)
+    places = places_on(platform, scores)
+    assert ((places >= 0) & (places < 3)).all()
+
+
+def test_no_gradient_passes_through_the_place_of_the_largest():
+    def chosen(scores):
+        with executing(Execution(platform="cpu")):
+            return jnp.sum(place_of_largest(scores).astype(float) + scores[:, 0])
+
+    gradient = jax.grad(chosen)(jnp.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(gradient, [[1, 0, 0], [1, 0, 0]])
 
 
 def test_norm_computes_in_float32_and_answers_in_kind():
