@@ -372,7 +372,7 @@ class _StepFunction:
 
     def __init__(self, function: Any, loader: Loader | None) -> None:
         self._function, self._loader, self._compiled = function, loader, {}
-        self._ready = False
+        self._new = False
 
     def make_ready(self, ledger: Ledger, shape: Phase, *arguments: Any) -> None:
         """Loads the program that was compiled ahead, or compiles.
@@ -391,12 +391,12 @@ class _StepFunction:
             ledger.enter(COMPILE)
             if jax.process_count() > 1:
                 self._compiled[shape] = self._function.lower(*arguments).compile()
-        self._ready = False
+        self._new = True
         meet()
 
     def __call__(self, shape: Phase, *arguments: Any) -> Any:
         results = self._compiled.get(shape, self._function)(*arguments)
-        if not self._ready:  # it is compiled now, wherever that was
+        if self._new:  # and compiled by now, wherever that was
             give_back_memory()
-            self._ready = True
+            self._new = False
         return results

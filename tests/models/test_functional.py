@@ -55,26 +55,24 @@ def plain(params, inputs):
     return jax.jit(jax.value_and_grad(loss), static_argnums=3)(params, inputs, keys, by_loop)
 
 
+def check_like_a_plain_loop(execution, params, inputs, plain):
+    def run(params, keys):
+        with executing(execution):
+            return jax.value_and_grad(loss)(params, inputs, keys, by_scan)
+
+    result = jax.jit(run)(params, jax.random.split(jax.random.key(2), 4))
+    for mine, reference in zip(jax.tree.leaves(result), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=REMAT_FLOAT32, atol=REMAT_FLOAT32)
+
+
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_scan_and_remat_equal_a_plain_loop(params, inputs, plain, remat, scan):
-    def run(params, keys):
-        with executing(Execution(remat=remat, scan=scan)):
-            return jax.value_and_grad(loss)(params, inputs, keys, by_scan)
-
-    result = jax.jit(run)(params, jax.random.split(jax.random.key(2), 4))
-    for mine, reference in zip(jax.tree.leaves(result), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(mine, reference, rtol=REMAT_FLOAT32, atol=REMAT_FLOAT32)
+    check_like_a_plain_loop(Execution(remat=remat, scan=scan), params, inputs, plain)
 
 
 def test_unrolled_for_a_cpu_it_is_the_same(params, inputs, plain):
-    def run(params, keys):
-        with executing(Execution(scan=False, platform="cpu")):
-            return jax.value_and_grad(loss)(params, inputs, keys, by_scan)
-
-    result = jax.jit(run)(params, jax.random.split(jax.random.key(2), 4))
-    for mine, reference in zip(jax.tree.leaves(result), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(mine, reference, rtol=REMAT_FLOAT32, atol=REMAT_FLOAT32)
+    check_like_a_plain_loop(Execution(scan=False, platform="cpu"), params, inputs, plain)
 
 
 def additions(layers):
