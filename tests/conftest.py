@@ -5,9 +5,13 @@ import os
 from flaxpretrain import program
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs of tests run for milliseconds and take seconds to compile, mostly in LLVM (level 0 rounds
-# the same sums differently in two programs).
-for flag in ("xla_force_host_platform_device_count=8", "xla_backend_optimization_level=1"):
+# Programs of tests run for milliseconds and take seconds to compile, mostly in LLVM: whole, as both
+# cores have tests to run (level 0 rounds the same sums differently in two programs).
+for flag in (
+    "xla_force_host_platform_device_count=8",
+    "xla_backend_optimization_level=1",
+    "xla_cpu_parallel_codegen_split_count=1",
+):
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}".strip()

@@ -29,8 +29,9 @@ PIECES_FLOAT32 = 5e-6
 """Hidden states near 1 of a piece alone against the same piece in a packed row, in float32."""
 
 FLOPS_COUNTED = 0.04
-"""Relative difference of a FLOP formula from XLA's count of an unrolled network: XLA also counts
-elementwise work and the first layer's unneeded input gradient is not computed."""
+"""Relative difference of a FLOP formula from the products in XLA's program of an unrolled network:
+the first layer's unneeded input gradient is not computed, sums over rows are products, and jax 0.10
+keeps the scores that later releases compute twice."""
 
 COLLECTIVE_BYTES = 1.001
 """Bytes that a data-parallel step reduces over those of its gradient: the loss sums come along."""

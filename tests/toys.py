@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
+from flaxpretrain.analysis import hlo
 from flaxpretrain.config import Checkpoints, Data, Logging, Phase, Run
 from flaxpretrain.data import tokenizers
 from flaxpretrain.data.masking import TokenMasking
@@ -176,6 +178,11 @@ def batch(objective: MaskedLM, count: int, length: int, seed: int = 0) -> dict[s
     keys = np.random.default_rng(seed + 1).integers(0, 2**63, count).astype(np.uint64)
     capacity = length - framing.specials_per_piece
     return dict(framing.examples(rows(count, capacity, seed), keys, 0))
+
+
+def product_flops(step, *arguments) -> int:
+    """FLOPs of the matrix products in XLA's program; its own count also takes elementwise work."""
+    return hlo.totals(hlo.parse(jax.jit(step).lower(*arguments).compile().as_text())).flops
 
 
 def tokenizer(folder):
