@@ -111,11 +111,18 @@ _FUSED_GATHERS: Mapping[str, bool] = {
 }
 """Gathers of parameters (fsdp) are fused with the products beside them."""
 
-OVERLAP: tuple[tuple[str, Mapping[str, bool]], ...] = (
+_WHOLE_PRODUCTS: Mapping[str, int] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+"""Parameters in slices (fsdp) are gathered, and then multiplied at once.
+
+XLA's own choice multiplies by each slice as it comes: hidden 768 over 16 devices makes products of
+48 columns, for a matrix unit of 128.
+"""
+
+OVERLAP: tuple[tuple[str, Mapping[str, int]], ...] = (
     # AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py: DATA_PARALLEL_OVERLAP and
     # CF_FOR_ALL_GATHER; libtpu refuses the second group on all generations but v5e.
-    (r"TPU v5 ?lite|TPU v5e", {**_BETWEEN_STEPS, **_FUSED_GATHERS}),
-    (r"TPU v[4-9]|TPU ?7x", _BETWEEN_STEPS),
+    (r"TPU v5 ?lite|TPU v5e", {**_BETWEEN_STEPS, **_FUSED_GATHERS, **_WHOLE_PRODUCTS}),
+    (r"TPU v[4-9]|TPU ?7x", {**_BETWEEN_STEPS, **_WHOLE_PRODUCTS}),
     # docs.jax.dev/en/latest/gpu_performance_tips.html; NVIDIA's images of JAX set it too.
     (r"NVIDIA|Tesla|GeForce", {"xla_gpu_enable_latency_hiding_scheduler": True}),
 )
@@ -126,7 +133,7 @@ FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Of the environment: an option that is named there is the user's."""
 
 
-def overlap_options(device_kind: str) -> dict[str, bool]:
+def overlap_options(device_kind: str) -> dict[str, int]:
     """The compiler options for several devices of a kind; none for CPUs."""
     for pattern, options in OVERLAP:
         if re.search(pattern, device_kind):

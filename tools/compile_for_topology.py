@@ -254,8 +254,10 @@ def table(report: Report) -> Table:
         f"({compiled / formula:.3f} of it)",
     )
     out.add_row("memory traffic", f"{(report.bytes_accessed or 0) / 1e9:,.2f} GB a device and step")
+    hidden = report.hidden_collective_bytes or {}
     collectives = [
         f"{kind} {count} x, {(report.collective_bytes or {})[kind] / 1e6:,.1f} MB"
+        + (f", {hidden[kind] / 1e6:,.1f} of it beside computation" if kind in hidden else "")
         for kind, count in (report.collective_counts or {}).items()
     ]
     out.add_row("collectives a step", "; ".join(collectives) or "none")

@@ -57,6 +57,8 @@ _OFFLOADED = "custom-call-start"
 
 _UPDATE = "dynamic-update-slice"
 
+_ELEMENT = "get-tuple-element"
+
 _SLICES = {"dynamic-slice", "slice", "gather"}
 """Instructions that read as much of their first operand as they return."""
 
@@ -143,6 +145,8 @@ class Totals:
     hbm_bytes: read from and written to HBM; what the compiler keeps on the chip is left out.
     kernel_flops: of the custom kernels, by name.
     collective_bytes, collective_counts: payload of one device and number of operations, by kind.
+    hidden_bytes: those of `collective_bytes` that are under way while the device computes, if only
+        for a part of their time.
     notes: what could not be counted.
     """
 
@@ -154,6 +158,7 @@ class Totals:
     head_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     collective_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
     collective_counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    hidden_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -210,12 +215,25 @@ def shapes(text: str) -> tuple[Shape, ...]:
 def totals(program: Program) -> Totals:
     """Sums over the program, each loop's body taken as often as it runs."""
     sums = Totals()
-    _visit(program, program.entry, 1, sums, scheduled=True)
+    _visit(program, program.entry, 1, sums, scheduled=True, chains=set())
     return sums
 
 
-def _visit(program: Program, name: str, times: int, sums: Totals, scheduled: bool) -> None:
-    """Adds `times` runs of a computation; inside fusions cycles stand on the fusion itself."""
+def _visit(
+    program: Program,
+    name: str,
+    times: int,
+    sums: Totals,
+    *,
+    scheduled: bool,
+    chains: set[str],
+    hidden: bool = False,
+) -> None:
+    """Adds `times` runs of a computation; inside fusions cycles stand on the fusion itself.
+
+    `chains` are the collectives seen that run beside several fusions, each of which shows them;
+    `hidden` says that all of it runs beside other computation.
+    """
     computation = program.computations[name]
     types = {instruction.name: instruction.shapes for instruction in computation}
     for instruction in computation:
@@ -226,8 +244,15 @@ def _visit(program: Program, name: str, times: int, sums: Totals, scheduled: boo
         if instruction.opcode in ("convolution", "dot"):
             sums.flops += times * _product_flops(instruction, types)
         elif kind in COLLECTIVES:
-            sums.collective_counts[kind] += times
-            sums.collective_bytes[kind] += times * _payload(instruction, kind, types)
+            chain = _chain(instruction)
+            if chain not in chains:
+                payload = times * _payload(instruction, kind, types)
+                sums.collective_counts[kind] += times
+                sums.collective_bytes[kind] += payload
+                if chain or hidden or _computes_meanwhile(computation, instruction):
+                    sums.hidden_bytes[kind] += payload
+            if chain:
+                chains.add(chain)
         elif instruction.opcode == "custom-call":
             _add_kernel(instruction, times, sums)
         elif instruction.opcode == "while":
@@ -235,11 +260,46 @@ def _visit(program: Program, name: str, times: int, sums: Totals, scheduled: boo
             if trips is None:
                 sums.notes.append(f"loop {instruction.name}: unknown trip count, counted once")
             body = instruction.attribute("body").removeprefix("%")
-            _visit(program, body, times * (trips or 1), sums, scheduled)
+            _visit(program, body, times * (trips or 1), sums, scheduled=scheduled, chains=set())
         if instruction.opcode in ("fusion", "call", "conditional", "async-start", _OFFLOADED):
             inner = scheduled and instruction.opcode not in ("fusion", _OFFLOADED)
             for called in instruction.called:
-                _visit(program, called, times, sums, inner)
+                _visit(
+                    program,
+                    called,
+                    times,
+                    sums,
+                    scheduled=inner,
+                    chains=chains,
+                    hidden=hidden or _computes_meanwhile(computation, instruction),
+                )
+
+
+def _chain(instruction: Instruction) -> str:
+    """What marks a collective that is cut up and fused with what is computed beside it."""
+    found = re.search(r'\bchain_id="(\d+)"', instruction.attributes)
+    return f"{found.group(1)} {instruction.attribute('channel_id')}" if found else ""
+
+
+def _computes_meanwhile(computation: tuple[Instruction, ...], start: Instruction) -> bool:
+    """Whether the schedule has computation between the start of something and its end."""
+    if not start.opcode.endswith("-start"):
+        return False
+    stages = {start.name}
+    for instruction in computation[computation.index(start) + 1 :]:
+        if stages & set(instruction.operand_names):
+            if instruction.opcode.endswith("-done"):
+                return False
+            stages.add(instruction.name)  # an update between start and end
+        elif instruction.cycles or instruction.opcode == "while" or _is_kernel(instruction):
+            return True
+    return False
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a Pallas kernel, and no marker of the compiler."""
+    target = _TARGET.search(instruction.attributes)
+    return target is not None and target.group(1) == "tpu_custom_call"
 
 
 def _traffic(
@@ -296,7 +356,10 @@ def _written_inside(computation: tuple[Instruction, ...]) -> int:
 
 
 def _trips(program: Program, loop: Instruction) -> int | None:
-    """How often a loop runs: XLA's own count, or the bound that its counter is compared with."""
+    """How often a loop runs: XLA's own count, or the bound of its counter over the counter's step.
+
+    XLA unrolls the loops of its collective products and leaves the bound as it was.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known.group(1))
@@ -306,7 +369,28 @@ def _trips(program: Program, loop: Instruction) -> int | None:
         for i in _within(program, condition)
         if i.opcode == "constant" and re.fullmatch(r"\d+", i.operands)
     }
-    return bounds.pop() if len(bounds) == 1 else None
+    return -(-bounds.pop() // _step(program, loop)) if len(bounds) == 1 else None
+
+
+def _step(program: Program, loop: Instruction) -> int:
+    """By how much one run of a loop's body raises the counter that its condition looks at."""
+    condition, body = (
+        program.computations[loop.attribute(name).removeprefix("%")]
+        for name in ("condition", "body")
+    )
+    place = next((i.attribute("index") for i in condition if i.opcode == _ELEMENT), "")
+    by_name = {i.name: i for i in body}
+    if not place or len(body[-1].operand_names) <= int(place):
+        return 1
+    raised = by_name.get(body[-1].operand_names[int(place)])
+    while raised is not None and raised.opcode == "copy":
+        raised = by_name.get(raised.operand_names[0])
+    if raised is None or raised.opcode != "add":
+        return 1
+    added = [by_name[name] for name in raised.operand_names if name in by_name]
+    steps = [int(i.operands) for i in added if i.opcode == "constant" and i.operands.isdigit()]
+    counts = any(i.opcode == _ELEMENT and i.attribute("index") == place for i in added)
+    return steps[0] if counts and len(steps) == 1 and steps[0] > 0 else 1
 
 
 def _within(program: Program, name: str) -> Iterator[Instruction]:
@@ -328,15 +412,11 @@ def _payload(instruction: Instruction, kind: str, types: Mapping[str, tuple[Shap
 
 
 def _add_kernel(instruction: Instruction, times: int, sums: Totals) -> None:
-    target = _TARGET.search(instruction.attributes)
-    if target is None or target.group(1) != "tpu_custom_call":
-        return  # markers of the compiler, which cost nothing
+    if not _is_kernel(instruction):
+        return
     name = re.sub(r"\.\d+$", "", instruction.name)
     sums.kernel_calls[name] += times
     stated = _KERNEL_COST.search(instruction.attributes)
-    products = [
-        count for part, count in _SPLASH_PRODUCTS if name.startswith("splash") and part in name
-    ]
     constraints = instruction.attributes[
         instruction.attributes.find("operand_layout_constraints") :
     ]
@@ -346,15 +426,25 @@ def _add_kernel(instruction: Instruction, times: int, sums: Totals) -> None:
         sums.head_sizes[name] = int(heads.group(1))
     if stated:
         sums.kernel_flops[name] += times * int(stated.group(1))
-    elif products and len(rows) >= 2:
+    elif "splash" in name and len(rows) >= 2:
         query, key = rows[0], rows[1]
-        # A fused backward kernel also returns parts of the query's gradient, with one more axis.
-        fused = "_dkv" in name and any(len(s.dimensions) > len(query) for s in instruction.shapes)
         each = 2 * math.prod(query) * key[-2]
-        sums.kernel_flops[name] += times * (products[0] + fused) * each
+        sums.kernel_flops[name] += times * _splash_products(name, query, instruction) * each
         sums.head_sizes[name] = query[-1]
     else:
         sums.notes.append(f"kernel {name}: no cost of its own, counted as 0")
+
+
+def _splash_products(name: str, query: tuple[int, ...], kernel: Instruction) -> int:
+    """How many products a splash kernel makes; one whose name tells no direction shows it.
+
+    A fused backward kernel also returns parts of the query's gradient, with one more axis.
+    """
+    fused = any(len(s.dimensions) > len(query) for s in kernel.shapes)
+    direction = next((part for part, _ in _SPLASH_PRODUCTS if part in name), None)
+    if direction is None:
+        direction = "_dkv" if fused else "_fwd"
+    return dict(_SPLASH_PRODUCTS)[direction] + (fused and direction == "_dkv")
 
 
 def _product_flops(instruction: Instruction, types: Mapping[str, tuple[Shape, ...]]) -> int:

@@ -25,7 +25,9 @@ from flaxpretrain.errors import UserError
 from flaxpretrain.hardware import peak_of
 from flaxpretrain.training import sharding
 from flaxpretrain.training.assembly import Assembly, assemble, stand_in_vocabulary
-from flaxpretrain.training.programs import lowered_step, nothing_cached, program_hash
+from flaxpretrain.training.compiler_options import compiler_options
+from flaxpretrain.training.jax_settings import nothing_cached
+from flaxpretrain.training.programs import lowered_step, program_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +131,10 @@ class Report:
     `compiled_flops` are those of a step on all devices, kernels included; `bytes_accessed` is what
     one device reads from and writes to HBM, as the schedule has it; `cycles` is XLA's
     estimate of one step, `custom_call_seconds` what it leaves out: the kernels, charged at
-    `custom_call_peak_share` of the peak. Collectives are counted, and not part of the estimate.
-    `program_hash` is that of what the compiler was given, StableHLO.
+    `custom_call_peak_share` of the peak. Collectives are counted, and not part of the estimate;
+    `hidden_collective_bytes` are those that the schedule puts beside computation.
+    `program_hash` is that of what the compiler was given, StableHLO; its `compiler_options` are
+    those of a run.
     """
 
     recipe: str
@@ -173,6 +177,8 @@ class Report:
     estimated_mfu: float | None = None
     collective_bytes: dict[str, int] | None = None
     collective_counts: dict[str, int] | None = None
+    hidden_collective_bytes: dict[str, int] | None = None
+    compiler_options: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -198,8 +204,9 @@ def lower_step(
         UserError: there is no such slice, or the mesh or batch does not fit it.
     """
     assembly = assembled_for(run, topology, slices)
-    phase = run.phases[phase_number]
-    lowered = lowered_step(assembly, assembly.train_step(phase), phase, stand_in_vocabulary(run))
+    phase, options = run.phases[phase_number], compiler_options(assembly.mesh)
+    step = assembly.train_step(phase, options)
+    lowered = lowered_step(assembly, step, phase, stand_in_vocabulary(run))
     known = _described(run, assembly, topology, slices, phase_number)
     return assembly, lowered, known | {"program_hash": program_hash(lowered)}
 
@@ -318,6 +325,7 @@ def _estimate(text: str, topology: str, known: dict[str, Any]) -> dict[str, Any]
         "estimated_mfu": flops / seconds / peak.of_step(known["matmul"]),
         "collective_bytes": dict(sums.collective_bytes),
         "collective_counts": dict(sums.collective_counts),
+        "hidden_collective_bytes": dict(sums.hidden_bytes),
         "notes": tuple(notes),
     }
 

@@ -34,7 +34,8 @@ from flaxpretrain.locations import Location
 from flaxpretrain.training.assembly import Assembly
 from flaxpretrain.training.compile_cache import processor
 from flaxpretrain.training.distributed import told_by_all
-from flaxpretrain.training.programs import canonical_hash, lowered_step, nothing_cached
+from flaxpretrain.training.jax_settings import nothing_cached
+from flaxpretrain.training.programs import canonical_hash, lowered_step
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -78,7 +79,7 @@ class Unusable(Exception):
 def circumstances(
     assembly: Assembly,
     total_steps: int,
-    options: Mapping[str, bool],
+    options: Mapping[str, int],
     environment: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """What, beside the program itself, decides whether its compiled form serves; JSON data.
@@ -125,7 +126,7 @@ def compile_ahead(
     shapes: Iterable[Phase],
     vocabulary: Vocabulary,
     total_steps: int,
-    options: Mapping[str, bool],
+    options: Mapping[str, int],
     folder: Path,
     say: Callable[[str], None],
 ) -> None:
@@ -300,7 +301,7 @@ class Loader:
         assembly: Assembly,
         vocabulary: Vocabulary,
         total_steps: int,
-        options: Mapping[str, bool],
+        options: Mapping[str, int],
         say: Callable[[str], None],
     ) -> None:
         self._executables, self._assembly, self._vocabulary = executables, assembly, vocabulary

@@ -5,7 +5,6 @@ import ctypes
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import jax
 from flaxpretrain.config import Phase
 from flaxpretrain.data.vocabulary import Vocabulary
 from flaxpretrain.training.assembly import Assembly
+from flaxpretrain.training.jax_settings import configured
 
 
 def lowered_step(
@@ -84,21 +84,3 @@ def _short_source_locations() -> contextlib.AbstractContextManager[None]:
             "jax_include_full_tracebacks_in_locations": False,
         }
     )
-
-
-def nothing_cached() -> contextlib.AbstractContextManager[None]:
-    """No program goes to jax's cache of programs: one without its device cannot be read again."""
-    return configured({"jax_persistent_cache_min_compile_time_secs": float("inf")})
-
-
-@contextlib.contextmanager
-def configured(values: Mapping[str, Any]) -> Iterator[None]:
-    """Settings of jax for a while."""
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)

@@ -121,7 +121,11 @@ custom_call_target="offload", called_computations={%called_computation.5}
   ROOT %done = f32[8,4]{1,0} custom-call-done(%update)
 }
 """
-    assert dict(hlo.totals(hlo.parse(program)).collective_bytes) == {"all-reduce": 8 * 4 * 4}
+    sums = hlo.totals(hlo.parse(program))
+    assert dict(sums.collective_bytes) == {"all-reduce": 8 * 4 * 4} and not sums.hidden_bytes
+    busy = "  %busy = f32[8]{0} copy(%a), cycles=5\n  %update ="
+    sums = hlo.totals(hlo.parse(with_cycles(program.replace("  %update =", busy))))
+    assert sums.hidden_bytes == sums.collective_bytes == {"all-reduce": 8 * 4 * 4}
 
 
 def test_a_loop_without_a_bound_is_counted_once_and_named():
@@ -129,6 +133,77 @@ def test_a_loop_without_a_bound_is_counted_once_and_named():
     sums = hlo.totals(hlo.parse(unbounded))
     assert sums.cycles == 10 + 5
     assert sums.notes == ["loop loop: unknown trip count, counted once"]
+
+
+def test_an_unrolled_loop_runs_as_often_as_its_counter_is_raised():
+    raised = PROGRAM.replace(
+        "ROOT %next = (s32[]{:T(128)}, bf16[8,4]{1,0}) tuple(%state.1)",
+        "%old = s32[] get-tuple-element(%state.1), index=0\n"
+        "  %two = s32[] constant(2)\n"
+        "  %sum = s32[] add(%old, %two)\n"
+        "  %raised = s32[] copy(%sum)\n"
+        "  ROOT %next = (s32[]{:T(128)}, bf16[8,4]{1,0}) tuple(%raised, %rows)",
+    )
+    assert hlo.totals(hlo.parse(raised)).cycles == 12 // 2 * 10 + 5
+
+
+FUSED_GATHER = """HloModule jit_f
+
+%begins (w: bf16[2,4], x: bf16[8,8]) -> bf16[8,4] {
+  %w = bf16[2,4]{1,0} parameter(0)
+  %all-gather.1 = bf16[8,4]{1,0} all-gather(%w), channel_id=5, dimensions={0}, CHAIN
+}
+
+%ends (w.1: bf16[2,4], x.1: bf16[8,8]) -> bf16[8,4] {
+  %w.1 = bf16[2,4]{1,0} parameter(0)
+  %all-gather.2 = bf16[8,4]{1,0} all-gather(%w.1), channel_id=5, dimensions={0}, CHAIN
+}
+
+ENTRY %main (a: bf16[2,4]) -> bf16[8,4] {
+  %a = bf16[2,4]{1,0} parameter(0)
+  %first = bf16[8,4]{1,0} fusion(%a), kind=kCustom, calls=%begins, cycles=10
+  ROOT %second = bf16[8,4]{1,0} fusion(%first), kind=kCustom, calls=%ends, cycles=10
+}
+"""
+
+
+def test_a_collective_fused_with_several_computations_is_one_and_hidden():
+    text = with_cycles(FUSED_GATHER).replace("CHAIN", 'frontend_attributes={chain_id="3"}')
+    sums = hlo.totals(hlo.parse(text))
+    assert dict(sums.collective_counts) == {"all-gather": 1}
+    assert sums.collective_bytes == sums.hidden_bytes == {"all-gather": 2 * 8 * 4}
+
+
+def test_collectives_that_only_share_a_channel_are_two_and_waited_for():
+    sums = hlo.totals(hlo.parse(with_cycles(FUSED_GATHER).replace("CHAIN", "a=b")))
+    assert dict(sums.collective_counts) == {"all-gather": 2} and not sums.hidden_bytes
+
+
+@pytest.mark.parametrize("between", [True, False])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "%other = f32[8]{0} copy(%b), cycles=7",
+        '%other = f32[8]{0} custom-call(%b), custom_call_target="tpu_custom_call"',
+    ],
+    ids=["copy", "kernel"],
+)
+def test_a_collective_is_hidden_where_the_schedule_computes_before_its_end(work, between):
+    end = "%done = f32[8]{0} all-reduce-done(%start)"
+    lines = [work, end] if between else [end, work]
+    program = f"""HloModule jit_f
+
+ENTRY %main (a: f32[8], b: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  %b = f32[8]{{0}} parameter(1)
+  %start = f32[8]{{0}} all-reduce-start(%a), channel_id=1, to_apply=%add
+  {lines[0]}
+  {lines[1]}
+}}
+"""
+    sums = hlo.totals(hlo.parse(with_cycles(program)))
+    assert sums.collective_bytes == {"all-reduce": 32}
+    assert sums.hidden_bytes == ({"all-reduce": 32} if between else {})
 
 
 def kernel(name, outputs="bf16[16,12,512,64]{3,2,1,0}", cost=""):
@@ -157,6 +232,9 @@ PRODUCT = 2 * 16 * 12 * 512 * 512 * 64
         ("splash_mha_dkv_segmented_no_residuals", "bf16[16,12,512,64]{3,2,1,0}", 4),
         # Fused: the query's gradient comes out of the same kernel, in parts.
         ("splash_mha_dkv_segmented_no_residuals", "bf16[16,1,12,512,64]{4,3,2,1,0}", 5),
+        # Mapped over a mesh it is called by the function around it, for both directions.
+        ("_splash_attention", "bf16[16,12,512,64]{3,2,1,0}", 2),
+        ("_splash_attention", "bf16[16,1,12,512,64]{4,3,2,1,0}", 5),
     ],
 )
 def test_attention_kernels_count_the_products_they_are_known_to_do(name, outputs, products):
