@@ -12,6 +12,8 @@ original repeats ten fixed copies; short pairs share a row; attention dropout is
 flash kernels have none.
 """
 
+from bert_base import HARDWARE
+
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.masking import TokenMasking
 from flaxpretrain.data.sentence_pairs import SentencePairs
@@ -39,6 +41,7 @@ def recipe() -> Run:
             Phase(steps=100_000, length=512, batch_size=256),
         ),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=256, max_rows=16_384),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),

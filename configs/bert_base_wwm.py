@@ -8,6 +8,8 @@ do_whole_word_mask); --set objective.masking.mask_share=1 --set objective.maskin
 hides all of them behind [MASK].
 """
 
+from bert_base import HARDWARE
+
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.rows import Blocks
 from flaxpretrain.data.word_masking import WordMasking
@@ -35,6 +37,7 @@ def recipe() -> Run:
             Phase(steps=100_000, length=512, batch_size=256),
         ),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=256, max_rows=16_384),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),

@@ -11,6 +11,8 @@ hidden words become [MASK] and not a similar word, so that no table of synonyms 
 rate and steps are ours: the paper continues from BERT, which --init-from does.
 """
 
+from bert_base import HARDWARE
+
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.sentence_pairs import SentencePairs
 from flaxpretrain.data.word_masking import NgramMasking
@@ -40,6 +42,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=1_000_000, length=512, batch_size=512),),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=256, max_rows=16_384),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),

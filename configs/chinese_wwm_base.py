@@ -11,6 +11,8 @@ https://arxiv.org/abs/1906.08101, section 2: 100,000 steps at 128 with batch 2,5
 AdamW instead of LAMB, which they used for batches this large, and attention dropout is 0.
 """
 
+from bert_base import HARDWARE
+
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.rows import Documents
 from flaxpretrain.data.word_masking import WordMasking
@@ -38,6 +40,7 @@ def recipe() -> Run:
             Phase(steps=100_000, length=512, batch_size=384),
         ),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=256, max_rows=16_384),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=50_000),

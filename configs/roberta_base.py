@@ -13,6 +13,8 @@ dropout is 0, because the flash kernels have none. Rows are blocks of the token 
 sentences come with the sentence objectives.
 """
 
+from bert_base import HARDWARE
+
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.masking import TokenMasking
 from flaxpretrain.data.rows import Blocks
@@ -38,6 +40,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=125_000, length=512, batch_size=2048),),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=2_500, batch_size=1024, max_rows=16_384),),
         checkpoints=Checkpoints(

@@ -10,6 +10,8 @@ segment within a document. Their batches of 4,096 tokens on 32 GPUs are 256 rows
 attention dropout is 0, because the flash kernels have none, and short documents share a row.
 """
 
+from bert_base import HARDWARE
+
 from flaxpretrain.config import Checkpoints, Data, Phase, Precision, Run
 from flaxpretrain.data.rows import Documents
 from flaxpretrain.data.span_masking import SpanMasking
@@ -34,6 +36,7 @@ def recipe() -> Run:
         guard=Guard(),
         phases=(Phase(steps=2_400_000, length=512, batch_size=256),),
         precision=Precision(compute="bfloat16"),
+        hardware=HARDWARE,
         remat="dots",
         evaluations=(FixedNoise(every_steps=10_000, batch_size=256, max_rows=16_384),),
         checkpoints=Checkpoints(every_steps=5_000, keep_last=3, keep_every=100_000),

@@ -112,10 +112,10 @@ _FUSED_GATHERS: Mapping[str, bool] = {
 """Gathers of parameters (fsdp) are fused with the products beside them."""
 
 _WHOLE_PRODUCTS: Mapping[str, int] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
-"""Parameters in slices (fsdp) are gathered, and then multiplied at once.
+"""Where the partitioner has the step (tensor, context), parameters in slices are gathered first.
 
-XLA's own choice multiplies by each slice as it comes: hidden 768 over 16 devices makes products of
-48 columns, for a matrix unit of 128.
+XLA's own choice multiplies by each slice as it comes, in products narrower than a matrix unit: for
+BERT-base on v5e:4x4, fsdp=4 and tensor=4, by its cost model 293 M cycles a step, with this 254 M.
 """
 
 OVERLAP: tuple[tuple[str, Mapping[str, int]], ...] = (

@@ -76,7 +76,7 @@ def test_training_names_no_objective_and_no_architecture():
                 if room == "objectives":
                     assert modules == {"objective"}, path
                 if room == "models":
-                    assert modules <= {"functional", "attention", "quantization"}, path
+                    assert modules <= {"functional", "attention", "partition", "quantization"}, path
 
 
 def test_the_data_room_never_imports_jax():

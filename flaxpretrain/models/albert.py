@@ -16,6 +16,7 @@ from flaxpretrain.models.encoder import EncoderLayer, EncoderModel
 from flaxpretrain.models.encoder_config import EncoderConfig
 from flaxpretrain.models.functional import scan, stack
 from flaxpretrain.models.names import Drop, Entry, Flat, Kernel, Prefix, Rule, Vocabulary
+from flaxpretrain.models.partition import gathered
 
 SHARDING = (
     *bert.SHARDING,
@@ -164,6 +165,7 @@ class SharedEncoder(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """All layers in turn; `remat` overrides the policy of the surrounding `executing`."""
         graph, state = nnx.split(self.layers)
+        state = gathered(state)  # gathered once for all turns, and their gradients summed once
 
         def apply(turn: _Turns, x: Array, layer_keys: Array | None) -> Array:
             group = turn.group[...]

@@ -24,6 +24,7 @@ from flaxpretrain.models.layers import (
 from flaxpretrain.models.memory import Kept
 from flaxpretrain.models.partition import (
     context_size,
+    divides,
     flat,
     on_each_device,
     undivided,
@@ -361,7 +362,9 @@ class Attention(nnx.Module):
         scale = self.scale * scale
         heads, size = self.query.kernel[...].shape[1:]
         lengths = (x.shape[1], x.shape[1] if source is None else source.shape[1])
-        if name == "rows" and context_size() == 1 and takes(heads, size, *lengths):
+        # Where the mesh divides heads, but not the kernel's blocks of them, splash takes them.
+        in_blocks = context_size() == 1 and (divides(heads * size // LANES) or not divides(heads))
+        if name == "rows" and in_blocks and takes(heads, size, *lengths):
             refuse_dropout(name, self.dropout_rate, keys)
             return self._by_rows(x, segment_ids, source, source_segment_ids, window, scale)
         joined = backend.joined and undivided()

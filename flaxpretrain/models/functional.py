@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.models.partition import over_context
+from flaxpretrain.models.partition import InParts, gathered, over_context
 
 ATTENTION_CONTEXT = "attention_context"
 """Name under which attention's output is kept by the policies that save it."""
@@ -215,7 +215,8 @@ def scan(
         state, number, more = inputs
         further = () if each is None else (more,)
         with multiplying(way.matmul):
-            x = apply(nnx.merge(graph, state), over_context(x), fold(keys, number), *further)
+            layer = nnx.merge(graph, gathered(state))
+            x = apply(layer, over_context(x), fold(keys, number), *further)
         return over_context(x), None
 
     if way.remat != "none":
@@ -250,9 +251,13 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
     Norms compute in float32 whatever they are given, so rounding their scale would gain nothing.
     """
 
-    def leaf(path: tuple[Any, ...], value: Float[Array, "..."]) -> Float[Array, "..."]:
+    def leaf(path: tuple[Any, ...], value: Any) -> Any:
         if any(str(getattr(entry, "key", entry)).endswith("norm") for entry in path):
             return value
+        if isinstance(value, InParts):
+            return dataclasses.replace(value, dtype=dtype)
         return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return jax.tree_util.tree_map_with_path(
+        leaf, params, is_leaf=lambda value: isinstance(value, InParts)
+    )

@@ -4,14 +4,75 @@ Models know the names of mesh axes and nothing else of the mesh: rows lie over `
 heads over `tensor`, the tokens of a row over `context`.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 CONTEXT = "context"
 """The mesh axis over which the tokens of a row lie."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("part",),
+    meta_fields=("axis", "dtype", "reduce_dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class InParts:
+    """A device's part of a parameter, inside a `shard_map` over the mesh's `fsdp`.
+
+    part: what lies here.
+    axis: along which it is cut, counted from the last, -1.
+    dtype: to gather and compute in.
+    reduce_dtype: to sum gradients in over the devices, each of which gets its part of the sum.
+    """
+
+    part: Array
+    axis: int
+    dtype: Any
+    reduce_dtype: Any
+
+    def whole(self) -> Array:
+        """The parameter, gathered from the devices that have its parts."""
+        return _gather(self.part, self.axis, self.dtype, self.reduce_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(part: Array, axis: int, dtype: Any, reduce_dtype: Any) -> Array:
+    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=part.ndim + axis, tiled=True)
+
+
+def _gather_saving(part: Array, axis: int, dtype: Any, reduce_dtype: Any) -> tuple[Array, Array]:
+    return _gather(part, axis, dtype, reduce_dtype), part[:0]
+
+
+def _gather_gradients(
+    axis: int, dtype: Any, reduce_dtype: Any, empty: Array, gradient: Array
+) -> tuple[Array]:
+    summed = jax.lax.psum_scatter(
+        gradient.astype(reduce_dtype),
+        "fsdp",
+        scatter_dimension=gradient.ndim + axis,
+        tiled=True,
+    )
+    return (summed.astype(empty.dtype),)
+
+
+_gather.defvjp(_gather_saving, _gather_gradients)
+
+
+def gathered(params: PyTree) -> PyTree:
+    """Parameters with those that lie `InParts` gathered: of a layer as it begins, and no sooner."""
+    return jax.tree.map(
+        lambda leaf: leaf.whole() if isinstance(leaf, InParts) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, InParts),
+    )
 
 
 def context_size() -> int:
@@ -22,6 +83,11 @@ def context_size() -> int:
 def undivided() -> bool:
     """Whether the surrounding mesh leaves each token's heads, and each row, on one device."""
     return _size("tensor") == 1 and context_size() == 1
+
+
+def divides(count: int) -> bool:
+    """Whether each device of the surrounding mesh's `tensor` axis gets as many of so many parts."""
+    return count % _size("tensor") == 0
 
 
 def _size(axis: str) -> int:

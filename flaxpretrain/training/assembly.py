@@ -64,23 +64,24 @@ class Assembly:
         return jax.jit(make, out_shardings=shardings)()
 
     def train_step(
-        self, phase: Phase, options: Mapping[str, bool] | None = None
+        self, phase: Phase, options: Mapping[str, int] | None = None
     ) -> Callable[[TrainState, PyTree], tuple[TrainState, Any]]:
         """The jitted train step of a phase, with options for its compiler; the state is donated."""
         check_divisible(phase.batch_size, phase.microbatches, self.mesh)
         check_remat(self.run)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         step = make_train_step(
             self.run.objective,
             self.model,
             self.optimizer,
             self.mesh,
+            shardings.params,
             microbatches=phase.microbatches,
             compute_dtype=self.compute_dtype,
             reduce_dtype=jnp.dtype(self.run.precision.reduce),
             execution=self.execution,
             update_shardings=self.update_shardings,
         )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(
             step,
             donate_argnums=0,

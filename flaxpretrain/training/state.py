@@ -41,10 +41,15 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
-def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+def map_named(
+    function: Callable[..., Any],
+    tree: PyTree,
+    *rest: PyTree,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
     """`jax.tree.map` whose function takes the leaf's name first."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest
+        lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest, is_leaf=is_leaf
     )
 
 

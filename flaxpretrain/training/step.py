@@ -1,9 +1,9 @@
 """The train step and the evaluation step: pure functions of arrays, jitted once a shape.
 
-On a mesh that is data-parallel only, each device accumulates its gradients over the microbatches
-alone, and one sum over the `data` axis ends the step: left to the partitioner, every microbatch
-would pay for a reduction of all gradients. Meshes with fsdp or tensor axes are the partitioner's
-altogether: XLA's partial manual mode still aborts on gathers and scatters of sharded tables.
+On a mesh of `data` and `fsdp` each device computes on its own rows and accumulates its gradients
+over the microbatches alone, and one sum over the `data` axis ends the step; `training.parts` has
+how they gather and sum. Meshes with tensor or context axes are the partitioner's altogether: XLA's
+partial manual mode still aborts on gathers and scatters of sharded tables.
 """
 
 import functools
@@ -22,6 +22,13 @@ from flaxpretrain.models.functional import Execution, Model, cast, executing
 from flaxpretrain.objectives.objective import Objective, Sum
 from flaxpretrain.training.loss_scale import loss_scale, unscaled, update_figures
 from flaxpretrain.training.optimizers import learning_rate
+from flaxpretrain.training.parts import (
+    gather_outside_layers,
+    in_parts,
+    reduced,
+    rows_over,
+    spec_of,
+)
 from flaxpretrain.training.state import TrainState
 
 Sums = dict[str, Sum]
@@ -70,44 +77,12 @@ def combine(objective: Objective, sums: Sums, weights: Mapping[str, Array]) -> A
     return jnp.sum(jnp.stack(terms))
 
 
-def spec_of(sharding: NamedSharding) -> P:
-    """The spec of a sharding."""
-    return sharding.spec
-
-
-def reduced(
-    grads_and_sums: tuple[PyTree, Sums],
-    update_shardings: PyTree[NamedSharding] | None,
-    dtype: Any = jnp.float32,
-) -> tuple[PyTree, Sums]:
-    """Sums over `data` inside a `shard_map`: of gradients, the slice that this device updates.
-
-    Gradients travel in `dtype`; they are float32 before and after.
-    """
-    if dtype != jnp.float32:
-        grads, sums = grads_and_sums
-        narrow = jax.tree.map(lambda g: g.astype(dtype), grads)
-        narrow, sums = reduced((narrow, sums), update_shardings)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), narrow), sums
-    if update_shardings is None:
-        return jax.lax.psum(grads_and_sums, "data")
-    grads, sums = grads_and_sums
-
-    def slice_of_sum(grad: Array, sharding: NamedSharding) -> Array:
-        split = [i for i, axes in enumerate(sharding.spec) if axes is not None and "data" in axes]
-        if not split:
-            return jax.lax.psum(grad, "data")
-        return jax.lax.psum_scatter(grad, "data", scatter_dimension=split[0], tiled=True)
-
-    return jax.tree.map(slice_of_sum, grads, update_shardings), jax.lax.psum(sums, "data")
-
-
 def check_reduction(dtype: Any, mesh: Mesh) -> None:
     """Raises UserError unless the partitioner sums gradients in this format: in float32 only."""
     if dtype != jnp.float32:
         raise UserError(
-            f"precision.reduce: gradients are summed in {jnp.dtype(dtype)} only on a mesh that has "
-            f"nothing but a data axis; got {dict(mesh.shape)}: set precision.reduce to float32"
+            f"precision.reduce: gradients are summed in {jnp.dtype(dtype)} only on a mesh without "
+            f"tensor and context axes; got {dict(mesh.shape)}: set precision.reduce to float32"
         )
 
 
@@ -132,6 +107,7 @@ def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
+    shardings: PyTree[NamedSharding],
     *,
     microbatches: int = 1,
     compute_dtype: Any = jnp.float32,
@@ -141,16 +117,15 @@ def make_train_step(
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, StepMetrics]]:
     """`train_step(state, batch)`, to be jitted with the state donated.
 
-    Gradients are summed over devices in `reduce_dtype`. With `update_shardings` each parameter's
-    update is computed in these slices, and gathered after; None where the update lies as the
-    parameter does.
+    Parameters lie by `shardings`; gradients are summed over devices in `reduce_dtype`. With
+    `update_shardings` each parameter's update is computed in these slices, and gathered after; None
+    where the update lies as the parameter does.
 
     Raises:
         UserError: another `reduce_dtype` than float32 on a mesh whose sums the partitioner makes.
     """
-    data_parallel_only = mesh.shape["data"] == mesh.size
-    specs: PyTree = P() if update_shardings is None else jax.tree.map(spec_of, update_shardings)
-    if not data_parallel_only:
+    by_rows = mesh.shape["data"] * mesh.shape["fsdp"] == mesh.size
+    if not by_rows:
         check_reduction(reduce_dtype, mesh)
 
     def local_sums(
@@ -161,26 +136,32 @@ def make_train_step(
         scale: Array | None,
     ) -> tuple[PyTree, Sums]:
         def scaled_loss(params: PyTree, micro: Arrays) -> tuple[Array, Sums]:
+            if by_rows:
+                params = in_parts(params, shardings, reduce_dtype)
+            params = gather_outside_layers(cast(params, compute_dtype))
             with executing(execution):
-                sums = objective.loss(model, cast(params, compute_dtype), micro, key)
+                sums = objective.loss(model, params, micro, key)
             loss = combine(objective, sums, weights)
             return loss if scale is None else loss * scale, sums
 
         micros = strided_microbatches(batch, microbatches)
-        if not data_parallel_only:
+        if not by_rows:
             spec = P(None, ("data", "fsdp"))
             micros = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), micros)
         gradient = jax.grad(scaled_loss, has_aux=True)
         return over_microbatches(functools.partial(gradient, params), micros, microbatches)
 
     def reduced_sums(*arguments: Any) -> tuple[PyTree, Sums]:
-        if not data_parallel_only:
+        if not by_rows:
             return local_sums(*arguments)
+        # On a mesh of `data` alone one spec says it for all, and the program stays as it was.
+        whole = P() if mesh.shape["fsdp"] == 1 else jax.tree.map(spec_of, shardings)
+        ends = jax.tree.map(spec_of, update_shardings) if update_shardings else whole
         return jax.shard_map(
-            lambda *local: reduced(local_sums(*local), update_shardings, reduce_dtype),
+            lambda *local: reduced(*local_sums(*local), shardings, update_shardings, reduce_dtype),
             mesh=mesh,
-            in_specs=(P(), P("data"), P(), P(), P()),
-            out_specs=(specs, P()),
+            in_specs=(whole, P(rows_over(mesh.shape)), P(), P(), P()),
+            out_specs=(ends, P()),
             check_vma=False,  # gradients stay unreduced on purpose until the one sum
         )(*arguments)
 

@@ -10,6 +10,7 @@ from flaxpretrain.analysis import topology
 from flaxpretrain.analysis.pods import pod_of
 from flaxpretrain.config import Mesh, Phase, Precision, load_recipe
 from flaxpretrain.errors import UserError
+from flaxpretrain.models.functional import model_of
 from tests import toys
 from tests.tolerances import COLLECTIVE_BYTES
 
@@ -146,6 +147,43 @@ def test_four_microbatches_reduce_no_more_than_one(libtpu):
     assert report.fits and report.collective_bytes is not None
     reduced = report.collective_bytes["all-reduce"]
     assert gradient_bytes(report) <= reduced <= COLLECTIVE_BYTES * gradient_bytes(report)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "products", "gathered", "reduced"),
+    [
+        # Parameters in bfloat16 once in each pass, float32 gradients once, and what lies whole.
+        (Mesh(data=1, fsdp=4), 1.03, 2.0 / 2, 1.4),
+        # Two heads a device: the kernel whose blocks hold two of 64 would have to see all four.
+        (Mesh(data=1, tensor=4), 1.06, 0.1, None),
+    ],
+    ids=["fsdp", "tensor"],
+)
+def test_a_mesh_divides_products_and_moves_no_more_than_it_must(
+    libtpu, mesh, products, gathered, reduced
+):
+    model = toys.bert(
+        hidden_size=256,
+        intermediate_size=1_024,
+        max_position_embeddings=128,
+        attention_probs_dropout_prob=0.0,
+    )
+    run = toys.run(
+        model=model,
+        phases=(Phase(steps=1, length=128, batch_size=128),),
+        mesh=mesh,
+        precision=Precision(compute="bfloat16"),
+    )
+    report, _ = topology.compile_step(run, "v5e:2x2", 0)
+    assert report.fits and report.collective_bytes is not None
+    assert report.compiled_flops / report.formula_flops < products
+    whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(model_of(model.build).abstract()))
+    assert report.collective_bytes["all-gather"] < gathered * whole
+    if reduced is not None:
+        sums = ("all-reduce", "reduce-scatter")
+        assert sum(report.collective_bytes.get(kind, 0) for kind in sums) < reduced * whole
 
 
 @pytest.mark.tpu

@@ -174,3 +174,26 @@ def test_attention_by_rows_compiles_on_all_axes_and_falls_back_to_splash():
 
     assert "row_attention_backward" in kernels(4, causal=True)
     assert "splash_mha_dkv" in kernels(1, causal=False)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("tensor", "kernel"),
+    # Four heads of 64 are two blocks: two devices get one each, four get a head of splash each.
+    [(2, "row_attention_forward"), (4, "splash_mha")],
+)
+def test_a_device_gets_blocks_of_heads_or_single_heads_never_those_of_others(tensor, kernel):
+    pytest.importorskip("libtpu")
+    topology.prepare_environment()
+    mesh = sharding.make_mesh(-1, 1, tensor, devices=topology.devices_of("v5e:2x2"))
+    model = model_of(lambda rngs: Attention(256, 4, rngs, stddev=0.1, dropout_rate=0.0))
+
+    def forward(params, x, segments):
+        with executing(Execution(attention="rows")):
+            return model.bind(params)(x, segments)
+
+    x, segments = jnp.zeros((4, 128, 256)), jnp.ones((4, 128), jnp.int32)
+    with jax.set_mesh(mesh):
+        traced = str(jax.make_jaxpr(forward)(model.abstract(), x, segments))
+    assert kernel in traced
+    assert ("row_attention" in traced) == (tensor == 2)

@@ -51,6 +51,8 @@ def assert_same(one, other):
 MESHES = {
     "data": Mesh(data=8),
     "fsdp": Mesh(data=1, fsdp=8),
+    "data and fsdp": Mesh(data=2, fsdp=4),
+    "data and fsdp, optimizer sharded": Mesh(data=2, fsdp=4, shard_optimizer=True),
     "three axes": Mesh(data=2, fsdp=2, tensor=2),
     "tensor": Mesh(data=1, fsdp=2, tensor=4),
     "context": Mesh(data=1, context=8),
@@ -158,8 +160,9 @@ def test_bfloat16_steps_stay_near_float32_and_keep_float32_weights():
     np.testing.assert_allclose(metrics.figures["loss"], reference()[1].figures["loss"], rtol=0.01)
 
 
-def test_gradients_summed_in_bfloat16_are_near_those_of_float32():
-    _, metrics = one_step(Mesh(data=8), precision=Precision(reduce="bfloat16"))
+@pytest.mark.parametrize("mesh", [Mesh(data=8), Mesh(data=2, fsdp=4)], ids=["data", "fsdp"])
+def test_gradients_summed_in_bfloat16_are_near_those_of_float32(mesh):
+    _, metrics = one_step(mesh, precision=Precision(reduce="bfloat16"))
     norms = [m.figures["grad_norm"] for m in (metrics, reference()[1])]
     assert norms[0] != norms[1]
     np.testing.assert_allclose(*norms, rtol=BFLOAT16_SUMS)
@@ -167,4 +170,4 @@ def test_gradients_summed_in_bfloat16_are_near_those_of_float32():
 
 def test_sums_that_the_partitioner_makes_stay_float32():
     with pytest.raises(UserError, match="precision.reduce: gradients are summed in bfloat16 only"):
-        one_step(Mesh(data=4, fsdp=2), precision=Precision(reduce="bfloat16"))
+        one_step(Mesh(data=2, fsdp=2, tensor=2), precision=Precision(reduce="bfloat16"))
