@@ -1,5 +1,6 @@
 """Settings of every test: eight fake devices, strict numerics, shapes checked at run time."""
 
+import contextlib
 import os
 
 from flaxpretrain import program
@@ -33,11 +34,20 @@ from pathlib import Path
 import jax
 import pytest
 
+from flaxpretrain.training.jax_settings import nothing_cached
+
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True)
+def _no_tpu_program_is_kept(request):
+    """Without its device a program can be written to the cache of programs and not read again."""
+    with nothing_cached() if request.node.get_closest_marker("tpu") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def libtpu():
 
 def test_a_gpt2_step_with_causal_flash_attention_compiles_on_all_axes(libtpu):
     run = toys.run(
-        model=toys.gpt2(n_embd=128, n_head=2, n_positions=256),
+        model=toys.gpt2(n_embd=256, n_head=4, n_positions=256),
         objective=CausalLM(chunks=2, terms={"causal_lm": 1.0, "z_loss": 1e-4}),
         phases=(Phase(steps=1, length=256, batch_size=8),),
         mesh=Mesh(data=1, fsdp=2, tensor=2),
