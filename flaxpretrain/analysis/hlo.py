@@ -263,16 +263,9 @@ def _visit(
             _visit(program, body, times * (trips or 1), sums, scheduled=scheduled, chains=set())
         if instruction.opcode in ("fusion", "call", "conditional", "async-start", _OFFLOADED):
             inner = scheduled and instruction.opcode not in ("fusion", _OFFLOADED)
+            beside = hidden or _computes_meanwhile(computation, instruction)
             for called in instruction.called:
-                _visit(
-                    program,
-                    called,
-                    times,
-                    sums,
-                    scheduled=inner,
-                    chains=chains,
-                    hidden=hidden or _computes_meanwhile(computation, instruction),
-                )
+                _visit(program, called, times, sums, scheduled=inner, chains=chains, hidden=beside)
 
 
 def _chain(instruction: Instruction) -> str:

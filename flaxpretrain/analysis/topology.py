@@ -133,8 +133,7 @@ class Report:
     estimate of one step, `custom_call_seconds` what it leaves out: the kernels, charged at
     `custom_call_peak_share` of the peak. Collectives are counted, and not part of the estimate;
     `hidden_collective_bytes` are those that the schedule puts beside computation.
-    `program_hash` is that of what the compiler was given, StableHLO; its `compiler_options` are
-    those of a run.
+    `program_hash` is that of what the compiler was given, StableHLO.
     """
 
     recipe: str
@@ -178,7 +177,6 @@ class Report:
     collective_bytes: dict[str, int] | None = None
     collective_counts: dict[str, int] | None = None
     hidden_collective_bytes: dict[str, int] | None = None
-    compiler_options: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -204,8 +202,8 @@ def lower_step(
         UserError: there is no such slice, or the mesh or batch does not fit it.
     """
     assembly = assembled_for(run, topology, slices)
-    phase, options = run.phases[phase_number], compiler_options(assembly.mesh)
-    step = assembly.train_step(phase, options)
+    phase = run.phases[phase_number]
+    step = assembly.train_step(phase, compiler_options(assembly.mesh))
     lowered = lowered_step(assembly, step, phase, stand_in_vocabulary(run))
     known = _described(run, assembly, topology, slices, phase_number)
     return assembly, lowered, known | {"program_hash": program_hash(lowered)}

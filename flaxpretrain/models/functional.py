@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Key, PyTree
 
 from flaxpretrain.errors import UserError
-from flaxpretrain.models.partition import InParts, gathered, over_context
+from flaxpretrain.models.partition import gathered, is_in_parts, over_context
 
 ATTENTION_CONTEXT = "attention_context"
 """Name under which attention's output is kept by the policies that save it."""
@@ -254,10 +254,8 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
     def leaf(path: tuple[Any, ...], value: Any) -> Any:
         if any(str(getattr(entry, "key", entry)).endswith("norm") for entry in path):
             return value
-        if isinstance(value, InParts):
+        if is_in_parts(value):
             return dataclasses.replace(value, dtype=dtype)
         return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
-    return jax.tree_util.tree_map_with_path(
-        leaf, params, is_leaf=lambda value: isinstance(value, InParts)
-    )
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_in_parts)

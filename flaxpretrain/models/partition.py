@@ -7,7 +7,7 @@ heads over `tensor`, the tokens of a row over `context`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from jax.sharding import PartitionSpec
@@ -66,12 +66,15 @@ def _gather_gradients(
 _gather.defvjp(_gather_saving, _gather_gradients)
 
 
+def is_in_parts(leaf: Any) -> TypeGuard[InParts]:
+    """Whether a leaf of a tree of parameters is one that lies in parts."""
+    return isinstance(leaf, InParts)
+
+
 def gathered(params: PyTree) -> PyTree:
     """Parameters with those that lie `InParts` gathered: of a layer as it begins, and no sooner."""
     return jax.tree.map(
-        lambda leaf: leaf.whole() if isinstance(leaf, InParts) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, InParts),
+        lambda leaf: leaf.whole() if is_in_parts(leaf) else leaf, params, is_leaf=is_in_parts
     )
 
 

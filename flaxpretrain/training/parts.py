@@ -16,23 +16,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from flaxpretrain.models.partition import InParts
+from flaxpretrain.models.partition import InParts, gathered, is_in_parts
+from flaxpretrain.training.sharding import ROW_AXES, axes_of
 from flaxpretrain.training.state import is_stacked, map_named
 
 
 def spec_of(sharding: NamedSharding) -> P:
-    """The spec of a sharding."""
-    return sharding.spec
+    """The spec of a sharding, without axes of one device, which cut nothing."""
+    cutting = [
+        tuple(axis for axis in axes_of(axes) if sharding.mesh.shape[axis] > 1)
+        for axes in sharding.spec
+    ]
+    return P(*(axes or None for axes in cutting))
 
 
 def cut_along(sharding: NamedSharding, axis: str) -> int | None:
     """The dimension that lies in parts over a mesh axis of more than one device, if any."""
-    if sharding.mesh.shape[axis] == 1:
-        return None
-    for dimension, axes in enumerate(sharding.spec):
-        if axes == axis or (isinstance(axes, tuple) and axis in axes):
-            return dimension
-    return None
+    return next((i for i, axes in enumerate(spec_of(sharding)) if axis in axes_of(axes)), None)
 
 
 def in_parts(
@@ -53,11 +53,9 @@ def gather_outside_layers(params: PyTree[Array | InParts]) -> PyTree[Array | InP
     """The parameters, all but those of layers gathered; these `functional.scan` gathers in turn."""
 
     def leaf(name: str, value: Array | InParts) -> Array | InParts:
-        if isinstance(value, InParts) and not is_stacked(name):
-            return value.whole()
-        return value
+        return value if is_stacked(name) else gathered(value)
 
-    return map_named(leaf, params, is_leaf=lambda value: isinstance(value, InParts))
+    return map_named(leaf, params, is_leaf=is_in_parts)
 
 
 def reduced(
@@ -72,34 +70,23 @@ def reduced(
     Gradients travel in `dtype`; they are float32 before and after. Those of parameters in parts are
     summed over `fsdp` already.
     """
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    if update_shardings is None and mesh.shape["fsdp"] == 1:
-        narrow = jax.tree.map(lambda g: g.astype(dtype), grads)
-        grads, sums = jax.lax.psum((narrow, sums), "data")
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
     one = functools.partial(_sum_of_one, dtype=dtype)
     grads = jax.tree.map(one, grads, shardings, update_shardings or shardings)
-    return grads, jax.lax.psum(sums, rows_over(mesh.shape))
+    return grads, jax.lax.psum(sums, ROW_AXES)
 
 
 def _sum_of_one(
     grad: Array, sharding: NamedSharding, update: NamedSharding, *, dtype: Any
 ) -> Array:
     """The sum of one gradient, or the part of it that its update's sharding leaves here."""
-    sizes, narrow = sharding.mesh.shape, grad.astype(dtype)
-    summed = cut_along(sharding, "fsdp") is not None
-    dimension = cut_along(update, "data")
+    sizes = sharding.mesh.shape
+    summed = cut_along(sharding, "fsdp") is not None  # over `fsdp`, by the gather's gradient
+    if summed and sizes["data"] == 1:
+        return grad
+    dimension, narrow = cut_along(update, "data"), grad.astype(dtype)
     if dimension is None:
-        axes = "data" if summed else rows_over(sizes)
-        if summed and sizes["data"] == 1:
-            return grad
-        return jax.lax.psum(narrow, axes).astype(jnp.float32)
+        return jax.lax.psum(narrow, "data" if summed else ROW_AXES).astype(jnp.float32)
+    narrow = jax.lax.psum_scatter(narrow, "data", scatter_dimension=dimension, tiled=True)
     if not summed and sizes["fsdp"] > 1:
         narrow = jax.lax.psum(narrow, "fsdp")
-    scattered = jax.lax.psum_scatter(narrow, "data", scatter_dimension=dimension, tiled=True)
-    return scattered.astype(jnp.float32)
-
-
-def rows_over(sizes: Any) -> str | tuple[str, ...]:
-    """The mesh axes over which rows lie, as collectives and specs name them."""
-    return "data" if sizes["fsdp"] == 1 else ("data", "fsdp")
+    return narrow.astype(jnp.float32)

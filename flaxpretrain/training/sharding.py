@@ -30,8 +30,10 @@ AXES = ("data", "fsdp", "context", "tensor")
 A mesh has `context` only where several devices share a row.
 """
 
-ROWS = P(("data", "fsdp"))
+ROW_AXES = ("data", "fsdp")
 """Rows of a batch lie along both axes that do not split the layers."""
+
+ROWS = P(ROW_AXES)
 
 REPLICATION_LIMIT = 16 * 2**20
 """Bytes that a replicated tensor may have on a mesh that could split it."""
@@ -186,7 +188,7 @@ def _param_spec(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> 
     )
 
 
-def _axes(axis: Axis) -> tuple[str, ...]:
+def axes_of(axis: Axis) -> tuple[str, ...]:
     """The mesh axes that split one dimension."""
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
@@ -195,17 +197,17 @@ def _check_dimensions(
     name: str, shape: tuple[int, ...], dimensions: Sequence[Axis], mesh: Mesh
 ) -> None:
     for index, (size, axis) in enumerate(zip(shape, dimensions, strict=True)):
-        for unknown in set(_axes(axis)) - set(mesh.shape):
+        for unknown in set(axes_of(axis)) - set(mesh.shape):
             raise UserError(
                 f"sharding of {name}: no mesh axis {unknown!r}; known: {', '.join(mesh.shape)}"
             )
-        parts = math.prod(mesh.shape[a] for a in _axes(axis))
+        parts = math.prod(mesh.shape[a] for a in axes_of(axis))
         if size % parts:
             heads = axis == "tensor" and re.search(r"attention/(query|key|value|out)/", name)
             what = f"its {size} heads are" if heads else f"dimension {index} of size {size} is"
             raise UserError(
                 f"parameter {name} {shape}: {what} not divisible by mesh "
-                f"{' * '.join(_axes(axis))} = {parts}; change the mesh or the model's sizes"
+                f"{' * '.join(axes_of(axis))} = {parts}; change the mesh or the model's sizes"
             )
 
 
@@ -228,14 +230,14 @@ def _split(name: str, shape: tuple[int, ...], spec: P, axis: str, mesh: Mesh) ->
         return spec
     dimensions = [*spec, *[None] * (len(shape) - len(spec))]
     left = [
-        size // math.prod(mesh.shape[a] for a in _axes(axes))
+        size // math.prod(mesh.shape[a] for a in axes_of(axes))
         for size, axes in zip(shape, dimensions, strict=True)
     ]
     divisible = [i for i in range(first, len(shape)) if left[i] % mesh.shape[axis] == 0]
     if not divisible:
         return spec
     largest = max(divisible, key=lambda i: left[i])
-    dimensions[largest] = (*_axes(dimensions[largest]), axis)
+    dimensions[largest] = (*axes_of(dimensions[largest]), axis)
     last = max(i for i, axes in enumerate(dimensions) if axes)
     return P(*dimensions[: last + 1])
 

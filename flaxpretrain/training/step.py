@@ -22,13 +22,8 @@ from flaxpretrain.models.functional import Execution, Model, cast, executing
 from flaxpretrain.objectives.objective import Objective, Sum
 from flaxpretrain.training.loss_scale import loss_scale, unscaled, update_figures
 from flaxpretrain.training.optimizers import learning_rate
-from flaxpretrain.training.parts import (
-    gather_outside_layers,
-    in_parts,
-    reduced,
-    rows_over,
-    spec_of,
-)
+from flaxpretrain.training.parts import gather_outside_layers, in_parts, reduced, spec_of
+from flaxpretrain.training.sharding import ROW_AXES, batch_sharding
 from flaxpretrain.training.state import TrainState
 
 Sums = dict[str, Sum]
@@ -146,7 +141,7 @@ def make_train_step(
 
         micros = strided_microbatches(batch, microbatches)
         if not by_rows:
-            spec = P(None, ("data", "fsdp"))
+            spec = P(None, ROW_AXES)
             micros = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), micros)
         gradient = jax.grad(scaled_loss, has_aux=True)
         return over_microbatches(functools.partial(gradient, params), micros, microbatches)
@@ -154,13 +149,12 @@ def make_train_step(
     def reduced_sums(*arguments: Any) -> tuple[PyTree, Sums]:
         if not by_rows:
             return local_sums(*arguments)
-        # On a mesh of `data` alone one spec says it for all, and the program stays as it was.
-        whole = P() if mesh.shape["fsdp"] == 1 else jax.tree.map(spec_of, shardings)
-        ends = jax.tree.map(spec_of, update_shardings) if update_shardings else whole
+        places = jax.tree.map(spec_of, shardings)
+        ends = jax.tree.map(spec_of, update_shardings or shardings)
         return jax.shard_map(
             lambda *local: reduced(*local_sums(*local), shardings, update_shardings, reduce_dtype),
             mesh=mesh,
-            in_specs=(whole, P(rows_over(mesh.shape)), P(), P(), P()),
+            in_specs=(places, spec_of(batch_sharding(mesh)), P(), P(), P()),
             out_specs=(ends, P()),
             check_vma=False,  # gradients stay unreduced on purpose until the one sum
         )(*arguments)

@@ -25,7 +25,6 @@ def report(run, fits):
         | {
             "fits": fits,
             "notes": (),
-            "compiler_options": {},
             "verdict": "as it is",
             "mesh": {"data": 4, "fsdp": 1, "context": 1, "tensor": 1},
             "estimated_tokens_per_second_per_chip": speed if fits else None,

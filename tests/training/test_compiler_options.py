@@ -55,9 +55,10 @@ def test_the_compiler_is_asked_inside_the_run_s_mesh_of_several_devices_too(libt
 def test_what_the_user_s_flags_say_is_left_to_them(libtpu, variable):
     mesh = sharding.mesh_of(Mesh(), topology.devices_of("v5p:2x2x1"))
     flags = "--xla_other=1 --xla_tpu_enable_data_parallel_all_reduce_opt=false"
-    theirs = {"xla_tpu_enable_data_parallel_all_reduce_opt"}
-    options = compiler_options(mesh, {variable: flags})
-    assert options.keys() == overlap_options("TPU v5p").keys() - theirs
+    assert compiler_options(mesh, {variable: flags}) == {
+        "xla_tpu_data_parallel_opt_different_sized_ops": True,
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+    }
 
 
 def test_xla_knows_the_options_for_gpus():

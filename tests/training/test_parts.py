@@ -44,23 +44,17 @@ FAMILIES = {
 }
 
 
-def made(family, mesh):
-    run = toys.run(**({"phases": (PHASE,), "mesh": mesh} | FAMILIES[family]))
-    count = mesh.data * mesh.fsdp
-    device_mesh = sharding.mesh_of(mesh, jax.devices()[:count])
-    with jax.set_mesh(device_mesh):
-        return assemble(run, device_mesh, 10)
-
-
 def a_step(family, mesh):
     """Parameters, the optimizer's moments and metrics after a step."""
-    assembly = made(family, mesh)
-    framing = framing_of(assembly.run, VOCABULARY, LENGTH)
+    run = toys.run(**({"phases": (PHASE,), "mesh": mesh} | FAMILIES[family]))
+    framing = framing_of(run, VOCABULARY, LENGTH)
     keys = np.random.default_rng(1).integers(0, 2**63, ROWS).astype(np.uint64)
     batch = dict(framing.examples(toys.rows(ROWS, framing.capacity), keys, 0))
-    with jax.set_mesh(assembly.mesh):
+    device_mesh = sharding.mesh_of(mesh, jax.devices()[: mesh.data * mesh.fsdp])
+    with jax.set_mesh(device_mesh):
+        assembly = assemble(run, device_mesh, 10)
         step, state = assembly.train_step(PHASE), assembly.initial_state()
-        placed = sharding.to_device(batch, assembly.mesh, ROWS)
+        placed = sharding.to_device(batch, device_mesh, ROWS)
         state, metrics = step(state, placed)
         return jax.device_get((state.params, _moments(state.opt_state), metrics))
 
